@@ -1,0 +1,1 @@
+//! Placeholder of the workspace skeleton; replaced by the crate's first slice.

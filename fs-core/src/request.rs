@@ -1,0 +1,428 @@
+//! The front-end boundary: requests that a front end sends to a volume, and what comes back.
+//!
+//! Owns: [`Request`], [`Reply`] and their parts. They are plain data and `Send`: a front end builds a request on
+//! whatever thread it runs, the owning shard serves it on its reactor, and the reply is produced there.
+//!
+//! Excludes: the FUSE protocol, paths (a front end walks them), permission checks (the kernel's, with
+//! `default_permissions`).
+
+use reactor::WallTime;
+
+use crate::types::{FileOffset, InodeNr};
+
+/// A name of a directory entry or attribute: 1 to 255 bytes, any but `/` and NUL; not checked by the type.
+pub type Name = Box<[u8]>;
+
+/// What an inode is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FileKind {
+    /// Regular file.
+    Regular,
+    /// Directory.
+    Directory,
+    /// Symbolic link.
+    Symlink,
+    /// Block device node.
+    BlockDevice,
+    /// Character device node.
+    CharDevice,
+    /// Named pipe.
+    Fifo,
+    /// Unix domain socket.
+    Socket,
+}
+
+/// What `stat(2)` tells of an inode.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attributes {
+    /// Inode number.
+    pub inode: InodeNr,
+    /// Kind of the inode.
+    pub kind: FileKind,
+    /// Permission bits, with set-uid, set-gid and sticky (the lower 12 bits of `st_mode`).
+    pub permissions: u16,
+    /// Links: directories count `.` and their subdirectories.
+    pub links: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Device number of device nodes, as the kernel encodes it.
+    pub device: u32,
+    /// Bytes.
+    pub size: u64,
+    /// Space taken, in units of 512 bytes, dirty data included.
+    pub sectors: u64,
+    /// Last access.
+    pub accessed: WallTime,
+    /// Last change of contents.
+    pub modified: WallTime,
+    /// Last change of the inode.
+    pub changed: WallTime,
+    /// Birth.
+    pub created: WallTime,
+    /// Distinguishes reuses of an inode number.
+    pub generation: u64,
+}
+
+/// Who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// User of new inodes.
+    pub uid: u32,
+    /// Group of new inodes, unless their directory is set-gid.
+    pub gid: u32,
+}
+
+/// A new time stamp.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimeChange {
+    /// The volume's clock.
+    Now,
+    /// This time.
+    To(WallTime),
+}
+
+/// Attributes to change; `None` leaves one alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AttributeChange {
+    /// New lower 12 bits of the mode.
+    pub permissions: Option<u16>,
+    /// New owner.
+    pub uid: Option<u32>,
+    /// New group.
+    pub gid: Option<u32>,
+    /// New size: truncates or extends with zeroes.
+    pub size: Option<u64>,
+    /// New access time.
+    pub accessed: Option<TimeChange>,
+    /// New modification time.
+    pub modified: Option<TimeChange>,
+    /// Whether set-uid and set-gid bits fall (a size change by an unprivileged writer).
+    pub kill_privileges: KillPrivileges,
+}
+
+/// Whether a change drops set-uid and (for group-executable files) set-gid bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KillPrivileges {
+    /// Bits stay.
+    #[default]
+    Keep,
+    /// Bits fall.
+    Drop,
+}
+
+/// What `rename` does with an existing destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RenameMode {
+    /// Replace it.
+    Replace,
+    /// Fail with [`crate::FsError::Exists`] (RENAME_NOREPLACE).
+    NoReplace,
+    /// Swap the two names (RENAME_EXCHANGE).
+    Exchange,
+}
+
+/// What a new inode is made as.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NewInode {
+    /// Empty regular file.
+    Regular,
+    /// Directory.
+    Directory,
+    /// Symbolic link with its target (1 to 4,095 bytes).
+    Symlink(Box<[u8]>),
+    /// Device node, with the device number.
+    BlockDevice(u32),
+    /// Device node, with the device number.
+    CharDevice(u32),
+    /// Named pipe.
+    Fifo,
+    /// Unix domain socket.
+    Socket,
+}
+
+/// What `setxattr` does with an existing attribute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SetXattrMode {
+    /// Create or replace.
+    Set,
+    /// Fail if it exists (XATTR_CREATE).
+    Create,
+    /// Fail if it does not (XATTR_REPLACE).
+    Replace,
+}
+
+/// How much `fsync` covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SyncScope {
+    /// The file's data and what is needed to read it (fdatasync).
+    Data,
+    /// The file's data and attributes.
+    File,
+    /// The whole volume.
+    Volume,
+}
+
+/// What `fallocate` does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AllocateMode {
+    /// Reserve space and extend the size.
+    Extend,
+    /// Reserve space, leave the size (FALLOC_FL_KEEP_SIZE).
+    KeepSize,
+    /// Make a hole (FALLOC_FL_PUNCH_HOLE).
+    PunchHole,
+    /// Make the range read as zeroes; extends the size (FALLOC_FL_ZERO_RANGE).
+    ZeroRange,
+    /// The same, size left alone.
+    ZeroRangeKeepSize,
+}
+
+/// What `lseek` looks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SeekWhat {
+    /// Next byte that is not in a hole.
+    Data,
+    /// Next hole; the end of the file counts as one.
+    Hole,
+}
+
+/// Where a write came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriteSource {
+    /// write(2) and relatives.
+    Call,
+    /// The kernel's write-back of a shared mapping: never extends the file.
+    Mapping,
+}
+
+/// A request to a volume. Unless said otherwise the first inode is the one whose shard serves it.
+#[derive(Clone, Debug)]
+pub enum Request {
+    /// Finds a name; counts one lookup on the inode found. → [`Reply::Entry`]
+    Lookup {
+        /// Directory.
+        parent: InodeNr,
+        /// Name, `.` and `..` allowed.
+        name: Name,
+    },
+    /// Gives lookups back; an unlinked inode without lookups is deleted. → [`Reply::Done`]
+    Forget {
+        /// Inode.
+        inode: InodeNr,
+        /// Lookups given back.
+        lookups: u64,
+    },
+    /// → [`Reply::Attributes`]
+    GetAttributes {
+        /// Inode.
+        inode: InodeNr,
+    },
+    /// → [`Reply::Attributes`]
+    SetAttributes {
+        /// Inode.
+        inode: InodeNr,
+        /// What changes.
+        change: AttributeChange,
+    },
+    /// → [`Reply::Data`]
+    ReadLink {
+        /// Symbolic link.
+        inode: InodeNr,
+    },
+    /// Makes an inode and its first name; counts one lookup. → [`Reply::Entry`]
+    Create {
+        /// Directory.
+        parent: InodeNr,
+        /// Name.
+        name: Name,
+        /// What to make.
+        new: NewInode,
+        /// Lower 12 bits of the mode, umask already applied.
+        permissions: u16,
+        /// Owner of the new inode.
+        caller: Caller,
+    },
+    /// Removes a name that is not a directory's. → [`Reply::Done`]
+    Unlink {
+        /// Directory.
+        parent: InodeNr,
+        /// Name.
+        name: Name,
+    },
+    /// Removes an empty directory. → [`Reply::Done`]
+    RemoveDirectory {
+        /// Directory that holds it.
+        parent: InodeNr,
+        /// Name.
+        name: Name,
+    },
+    /// → [`Reply::Done`]
+    Rename {
+        /// Directory of the old name.
+        parent: InodeNr,
+        /// Old name.
+        name: Name,
+        /// Directory of the new name.
+        new_parent: InodeNr,
+        /// New name.
+        new_name: Name,
+        /// What happens to an existing destination.
+        mode: RenameMode,
+    },
+    /// Adds a name to an inode that is not a directory; counts one lookup. Served by the shard of `new_parent`.
+    /// → [`Reply::Entry`]
+    Link {
+        /// Inode.
+        inode: InodeNr,
+        /// Directory of the new name.
+        new_parent: InodeNr,
+        /// New name.
+        new_name: Name,
+    },
+    /// → [`Reply::Data`], short only at the end of the file.
+    Read {
+        /// Inode.
+        inode: InodeNr,
+        /// First byte.
+        offset: FileOffset,
+        /// Bytes.
+        length: u32,
+    },
+    /// A write; [`crate::Volume::write`] is the fast way in. → [`Reply::Written`]
+    Write {
+        /// Inode.
+        inode: InodeNr,
+        /// First byte.
+        offset: FileOffset,
+        /// Data.
+        data: Box<[u8]>,
+        /// Where it came from.
+        source: WriteSource,
+        /// Whether set-uid and set-gid bits fall.
+        kill_privileges: KillPrivileges,
+    },
+    /// A handle was closed: starts write-back after a truncation to zero; reports earlier failures. → [`Reply::Done`]
+    Flush {
+        /// Inode.
+        inode: InodeNr,
+    },
+    /// → [`Reply::Done`], when durable.
+    Sync {
+        /// Inode; ignored for [`SyncScope::Volume`].
+        inode: InodeNr,
+        /// How much.
+        scope: SyncScope,
+    },
+    /// Lists a directory in the order of the entries' sequence numbers. → [`Reply::Directory`]
+    ReadDirectory {
+        /// Directory.
+        inode: InodeNr,
+        /// Cookie of the last entry seen; 0 at first.
+        after: u64,
+        /// Entries wanted at most.
+        limit: u32,
+    },
+    /// → [`Reply::Space`]
+    StatFs,
+    /// → [`Reply::Data`]
+    GetXattr {
+        /// Inode.
+        inode: InodeNr,
+        /// Attribute, namespace prefix included.
+        name: Name,
+    },
+    /// → [`Reply::Done`]
+    SetXattr {
+        /// Inode.
+        inode: InodeNr,
+        /// Attribute.
+        name: Name,
+        /// Value.
+        value: Box<[u8]>,
+        /// What happens to an existing one.
+        mode: SetXattrMode,
+    },
+    /// → [`Reply::Data`]: the names, each ended by NUL.
+    ListXattr {
+        /// Inode.
+        inode: InodeNr,
+    },
+    /// → [`Reply::Done`]
+    RemoveXattr {
+        /// Inode.
+        inode: InodeNr,
+        /// Attribute.
+        name: Name,
+    },
+    /// → [`Reply::Done`]
+    Allocate {
+        /// Inode.
+        inode: InodeNr,
+        /// First byte.
+        offset: FileOffset,
+        /// Bytes.
+        length: u64,
+        /// What to do.
+        mode: AllocateMode,
+    },
+    /// → [`Reply::Offset`]
+    Seek {
+        /// Inode.
+        inode: InodeNr,
+        /// Where to start.
+        offset: FileOffset,
+        /// What to look for.
+        what: SeekWhat,
+    },
+}
+
+/// An entry of a directory listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirectoryEntry {
+    /// Inode.
+    pub inode: InodeNr,
+    /// Kind of the inode.
+    pub kind: FileKind,
+    /// Name.
+    pub name: Name,
+    /// Where to go on after this entry.
+    pub cookie: u64,
+}
+
+/// Space of a volume, as `statvfs(3)` shows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SpaceReport {
+    /// Blocks of 4 KiB in all.
+    pub blocks: u64,
+    /// Blocks not in use (waiting to be freed included).
+    pub free: u64,
+    /// Blocks a writer can still get.
+    pub available: u64,
+    /// Inodes in use.
+    pub inodes: u64,
+    /// Data accepted and not yet on the device, in bytes.
+    pub dirty_bytes: u64,
+}
+
+/// What a request returns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// Nothing but success.
+    Done,
+    /// An inode found or made.
+    Entry(Attributes),
+    /// An inode's attributes.
+    Attributes(Attributes),
+    /// Bytes.
+    Data(Vec<u8>),
+    /// Bytes written.
+    Written(u32),
+    /// Entries, in order; empty at the end.
+    Directory(Vec<DirectoryEntry>),
+    /// Space.
+    Space(SpaceReport),
+    /// An offset in bytes.
+    Offset(u64),
+}

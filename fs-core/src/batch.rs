@@ -1,0 +1,180 @@
+//! A batch: the tree changes of one transaction of one shard, gathered before any is applied.
+//!
+//! Owns: [`Batch`], which a *plan* reads and writes; [`Interrupt`], why a plan stopped; [`Changes`], what a plan that
+//! came to its end leaves behind.
+//!
+//! A plan is a synchronous closure. It reads items through the batch, which looks at its own changes first and at
+//! the tree second, and it only ever changes the batch. When the tree would need a node that is not in memory, the
+//! plan stops with [`Interrupt::Missing`]; the transaction loop fetches the node and runs the plan again from its
+//! beginning. So a half-made change is never visible, the tree needs no lock, and key → value-or-delete is exactly
+//! what an intent log carries.
+//!
+//! Invariants:
+//! - a plan has no effect but its batch, and may run any number of times;
+//! - between a plan's end and the commit of its changes there is no await.
+//!
+//! Excludes: space, epochs, durability (the transaction's business).
+
+use std::collections::BTreeMap;
+
+use reactor::WallTime;
+
+use crate::error::FsError;
+use crate::tree::{Key, Missing, Tree};
+use crate::types::{BlockCount, BlockNr, Epoch, ShardId};
+
+/// Why a plan stopped.
+#[derive(Debug)]
+pub(crate) enum Interrupt {
+    /// A tree node is not in memory: load it, then run the plan again.
+    Missing(Missing),
+    /// The operation fails; nothing was changed.
+    Failed(FsError),
+}
+
+impl From<Missing> for Interrupt {
+    fn from(missing: Missing) -> Self {
+        Self::Missing(missing)
+    }
+}
+
+impl From<FsError> for Interrupt {
+    fn from(error: FsError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// What a step of a plan returns.
+pub(crate) type Plan<T> = Result<T, Interrupt>;
+
+/// What a plan may know beside the tree.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BatchContext {
+    /// The shard.
+    pub(crate) shard: ShardId,
+    /// Time of the transaction, for time stamps.
+    pub(crate) now: WallTime,
+    /// The epoch that the transaction would join if it committed now.
+    pub(crate) epoch: Epoch,
+    /// Key of the directory hash.
+    pub(crate) hash_seed: [u8; 16],
+}
+
+/// Tree changes being gathered.
+pub(crate) struct Batch<'tree> {
+    tree: &'tree Tree,
+    context: BatchContext,
+    changes: BTreeMap<Key, Option<Vec<u8>>>,
+    freed: Vec<(BlockNr, BlockCount)>,
+}
+
+/// The changes of a finished plan.
+#[derive(Debug, Default)]
+pub(crate) struct Changes {
+    /// Items to put (`Some`) or to delete (`None`), in key order.
+    pub(crate) items: BTreeMap<Key, Option<Vec<u8>>>,
+    /// Data blocks that nothing references any more.
+    pub(crate) freed: Vec<(BlockNr, BlockCount)>,
+}
+
+impl<'tree> Batch<'tree> {
+    /// An empty batch over `tree`.
+    pub(crate) fn new(tree: &'tree Tree, context: BatchContext) -> Self {
+        Self { tree, context, changes: BTreeMap::new(), freed: Vec::new() }
+    }
+
+    /// Time of the transaction.
+    pub(crate) fn now(&self) -> WallTime {
+        self.context.now
+    }
+
+    /// The epoch that the transaction joins.
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.context.epoch
+    }
+
+    /// The shard whose tree this is.
+    pub(crate) fn shard(&self) -> ShardId {
+        self.context.shard
+    }
+
+    /// Key of the directory hash.
+    pub(crate) fn hash_seed(&self) -> &[u8; 16] {
+        &self.context.hash_seed
+    }
+
+    /// The item of `key`.
+    pub(crate) fn get(&self, key: &Key) -> Plan<Option<Vec<u8>>> {
+        match self.changes.get(key) {
+            Some(change) => Ok(change.clone()),
+            None => Ok(self.tree.with(key, <[u8]>::to_vec)?),
+        }
+    }
+
+    /// The first item at or after `from`.
+    pub(crate) fn next(&self, from: &Key) -> Plan<Option<(Key, Vec<u8>)>> {
+        let mut from = *from;
+        loop {
+            let stored = self.tree.next(&from)?;
+            let bound = stored.as_ref().map(|(key, _)| *key);
+            // The batch's own items up to the stored one come first; a deletion hides the stored item.
+            for (key, change) in self.changes.range(from..) {
+                if bound.is_some_and(|bound| *key > bound) {
+                    break;
+                }
+                if let Some(value) = change {
+                    return Ok(Some((*key, value.clone())));
+                }
+            }
+            let Some((key, value)) = stored else { return Ok(None) };
+            if !self.changes.contains_key(&key) {
+                return Ok(Some((key, value.to_vec())));
+            }
+            let Some(successor) = key.successor() else { return Ok(None) };
+            from = successor;
+        }
+    }
+
+    /// The last item at or before `to`.
+    pub(crate) fn prev(&self, to: &Key) -> Plan<Option<(Key, Vec<u8>)>> {
+        let mut to = *to;
+        loop {
+            let stored = self.tree.prev(&to)?;
+            let bound = stored.as_ref().map(|(key, _)| *key);
+            for (key, change) in self.changes.range(..=to).rev() {
+                if bound.is_some_and(|bound| *key < bound) {
+                    break;
+                }
+                if let Some(value) = change {
+                    return Ok(Some((*key, value.clone())));
+                }
+            }
+            let Some((key, value)) = stored else { return Ok(None) };
+            if !self.changes.contains_key(&key) {
+                return Ok(Some((key, value.to_vec())));
+            }
+            let Some(predecessor) = key.predecessor() else { return Ok(None) };
+            to = predecessor;
+        }
+    }
+
+    /// Stores `value` under `key`, in place of an item that is there.
+    pub(crate) fn put(&mut self, key: Key, value: Vec<u8>) {
+        self.changes.insert(key, Some(value));
+    }
+
+    /// Deletes the item of `key`, if there is one.
+    pub(crate) fn delete(&mut self, key: Key) {
+        self.changes.insert(key, None);
+    }
+
+    /// Gives data blocks back: they become free when no retained superblock generation needs them.
+    pub(crate) fn free_blocks(&mut self, start: BlockNr, count: BlockCount) {
+        self.freed.push((start, count));
+    }
+
+    /// Ends the plan.
+    pub(crate) fn finish(self) -> Changes {
+        Changes { items: self.changes, freed: self.freed }
+    }
+}

@@ -1,1 +1,3 @@
 //! Placeholder of the workspace skeleton; replaced by the crate's first slice.
+
+pub mod types;

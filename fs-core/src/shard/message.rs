@@ -1,0 +1,93 @@
+//! What reaches a shard: requests of front ends, and calls of its peers.
+//!
+//! Owns: the message types and [`Shard::call`]. Two mailboxes keep the two apart: requests may have to wait for a
+//! slot, calls of peers never wait behind them. Replies travel by oneshot channels, which need no mailbox slot at
+//! all, and a shard answers calls in tasks of their own, so it always goes on emptying its mailbox: two shards with
+//! full mailboxes cannot wait for each other.
+
+use reactor::{OneshotSender, oneshot};
+
+use crate::alloc::GroupTransfer;
+use crate::error::FsError;
+use crate::namespace::{NamespaceCall, NamespaceReply};
+use crate::request::{Reply, Request};
+use crate::types::{Epoch, ShardId};
+use crate::volume::ShardReport;
+
+use super::Shard;
+use super::checkpoint::ShardRoot;
+
+/// Takes a request's result, on the shard's reactor.
+pub(crate) type ReplyTo = Box<dyn FnOnce(Result<Reply, FsError>) + Send>;
+
+/// What a shard's request mailbox holds.
+pub(crate) enum RequestMessage {
+    /// A request and who wants to know its result.
+    Serve(Request, ReplyTo),
+    /// Nothing comes after this.
+    Stop,
+}
+
+/// What one shard (or the volume's coordinator) asks of another.
+#[derive(Debug)]
+pub(crate) enum PeerCall {
+    /// Freeze this epoch, once its transactions are applied, and write what it changed. → [`PeerReply::Frozen`]
+    Checkpoint(Epoch),
+    /// This epoch is durable. → [`PeerReply::Done`]
+    Durable(Epoch),
+    /// Write all data accepted before now. → [`PeerReply::Done`]
+    FlushData,
+    /// Give an empty allocation group away. → [`PeerReply::Transfer`]
+    SurrenderGroup,
+    /// Finish what a crash interrupted. → [`PeerReply::Done`]
+    Recover,
+    /// → [`PeerReply::Report`]
+    Report,
+    /// End the shard's tasks. → [`PeerReply::Done`]
+    Stop,
+    /// The namespace's own. → [`PeerReply::Namespace`]
+    Namespace(NamespaceCall),
+}
+
+/// What a peer answers.
+#[derive(Debug)]
+pub(crate) enum PeerReply {
+    /// Done.
+    Done,
+    /// The shard's root as of the epoch.
+    Frozen(ShardRoot),
+    /// A group, if one could be spared.
+    Transfer(Option<GroupTransfer>),
+    /// Figures.
+    Report(Box<ShardReport>),
+    /// The namespace's own.
+    Namespace(NamespaceReply),
+}
+
+/// A call in a shard's peer mailbox.
+pub(crate) struct PeerMessage {
+    /// What is asked.
+    pub(crate) call: PeerCall,
+    /// Where the answer goes.
+    pub(crate) reply: OneshotSender<Result<PeerReply, FsError>>,
+}
+
+impl Shard {
+    /// Asks `peer` and waits for its answer.
+    ///
+    /// # Errors
+    /// The peer's error, or [`FsError::ShuttingDown`] if it has stopped.
+    pub(crate) async fn call(&self, peer: ShardId, call: PeerCall) -> Result<PeerReply, FsError> {
+        self.volume.call_shard(peer, call).await
+    }
+}
+
+impl crate::volume::VolumeShared {
+    /// Asks shard `peer`, from a task of any reactor.
+    pub(crate) async fn call_shard(&self, peer: ShardId, call: PeerCall) -> Result<PeerReply, FsError> {
+        let (reply, answer) = oneshot();
+        let message = PeerMessage { call, reply };
+        self.shard(peer).peers.send(message).await.map_err(|_| FsError::ShuttingDown)?;
+        answer.await.map_err(|_| FsError::ShuttingDown)?
+    }
+}

@@ -1,0 +1,253 @@
+//! Transactions of one shard: reserve, plan, commit.
+//!
+//! Owns: the loop that runs a plan until every node it needs is in memory, the step that applies its changes, and
+//! the ladder that finds space before it reports that there is none.
+//!
+//! Order of resources: space first, then the epoch; nothing is awaited between entering the epoch and the end of the
+//! commit. See [`crate::batch`] for what a plan may do.
+
+use crate::alloc::{Priority, Reservation};
+use crate::batch::{Batch, BatchContext, Changes, Interrupt, Plan};
+use crate::error::FsError;
+use crate::tree::{Missing, NodeSpace};
+use crate::types::{BlockNr, Epoch};
+
+use super::Shard;
+use super::message::{PeerCall, PeerReply};
+
+/// Nodes that one item change may copy or make: its path and, for each level, one split.
+const NODES_PER_LEVEL: u64 = 2;
+
+/// Checkpoints that the search for space may cost: what an epoch frees is reusable when the next is durable.
+const RECLAIM_CHECKPOINTS: u32 = 2;
+
+/// What a transaction may cost at most.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Credit {
+    /// Items put or deleted.
+    pub(crate) items: u32,
+    /// Whether the reserve may be used.
+    pub(crate) priority: Priority,
+}
+
+impl Credit {
+    /// A transaction that takes space.
+    pub(crate) const fn normal(items: u32) -> Self {
+        Self { items, priority: Priority::Normal }
+    }
+
+    /// A transaction that gives space back, or without which nothing could go on.
+    pub(crate) const fn reserve(items: u32) -> Self {
+        Self { items, priority: Priority::Reserve }
+    }
+}
+
+struct TransactionSpace<'a> {
+    shard: &'a Shard,
+    reservation: &'a mut Reservation,
+}
+
+impl NodeSpace for TransactionSpace<'_> {
+    fn allocate_node(&mut self) -> BlockNr {
+        self.shard.alloc.borrow_mut().allocate_node(self.reservation)
+    }
+
+    fn free_node(&mut self, addr: BlockNr) {
+        self.shard.alloc.borrow_mut().free_node(addr);
+    }
+}
+
+impl Shard {
+    /// Tree nodes to reserve for `items` changed items.
+    pub(crate) fn nodes_for(&self, items: u32) -> u64 {
+        let height = u64::from(self.tree.borrow().height()) + 1;
+        u64::from(items) * height * NODES_PER_LEVEL
+    }
+
+    /// Runs `plan` and commits what it gathered, atomically.
+    ///
+    /// # Errors
+    /// The plan's, [`FsError::NoSpace`] if its worst case finds no space, [`FsError::ReadOnly`] after a failure.
+    pub(crate) async fn transact<T>(
+        &self,
+        credit: Credit,
+        plan: impl FnMut(&mut Batch<'_>) -> Plan<T>,
+    ) -> Result<T, FsError> {
+        let mut reservation = self.reserve(0, self.nodes_for(credit.items), credit.priority).await?;
+        self.transact_with(&mut reservation, plan).await
+    }
+
+    /// As [`transact`](Self::transact), with space that the caller has reserved.
+    pub(crate) async fn transact_with<T>(
+        &self,
+        reservation: &mut Reservation,
+        mut plan: impl FnMut(&mut Batch<'_>) -> Plan<T>,
+    ) -> Result<T, FsError> {
+        let mut loader = Loader::default();
+        loop {
+            self.volume.check_writable()?;
+            let epoch = self.enter_epoch().await;
+            match self.try_commit(epoch, reservation, &mut plan) {
+                Ok(value) => return Ok(value),
+                Err(Interrupt::Failed(error)) => return Err(error),
+                Err(Interrupt::Missing(missing)) => loader.load(self, missing).await?,
+            }
+        }
+    }
+
+    /// Runs `plan` without committing anything.
+    pub(crate) async fn view<T>(&self, mut plan: impl FnMut(&Batch<'_>) -> Plan<T>) -> Result<T, FsError> {
+        let mut loader = Loader::default();
+        loop {
+            let outcome = {
+                let tree = self.tree.borrow();
+                let batch = Batch::new(&tree, self.batch_context(self.epochs.current()));
+                plan(&batch)
+            };
+            match outcome {
+                Ok(value) => return Ok(value),
+                Err(Interrupt::Failed(error)) => return Err(error),
+                Err(Interrupt::Missing(missing)) => loader.load(self, missing).await?,
+            }
+        }
+    }
+
+    /// Runs `plan` and loads what it misses, but commits nothing: afterwards, and as long as no node is evicted, the
+    /// same plan commits without a miss.
+    pub(crate) async fn rehearse<T>(&self, mut plan: impl FnMut(&mut Batch<'_>) -> Plan<T>) -> Result<T, FsError> {
+        let mut loader = Loader::default();
+        loop {
+            let outcome = {
+                let tree = self.tree.borrow();
+                let mut batch = Batch::new(&tree, self.batch_context(self.epochs.current()));
+                plan(&mut batch).and_then(|value| {
+                    for key in batch.finish().items.keys() {
+                        tree.touch(key)?;
+                    }
+                    Ok(value)
+                })
+            };
+            match outcome {
+                Ok(value) => return Ok(value),
+                Err(Interrupt::Failed(error)) => return Err(error),
+                Err(Interrupt::Missing(missing)) => loader.load(self, missing).await?,
+            }
+        }
+    }
+
+    /// Plans and commits in one synchronous step, in `epoch`, which the shard must be in.
+    pub(crate) fn try_commit<T>(
+        &self,
+        epoch: Epoch,
+        reservation: &mut Reservation,
+        plan: &mut impl FnMut(&mut Batch<'_>) -> Plan<T>,
+    ) -> Plan<T> {
+        assert_eq!(epoch, self.epochs.current(), "a commit happens in the epoch just entered");
+        let (value, changes) = {
+            let tree = self.tree.borrow();
+            let mut batch = Batch::new(&tree, self.batch_context(epoch));
+            let value = plan(&mut batch)?;
+            let changes = batch.finish();
+            for key in changes.items.keys() {
+                tree.touch(key)?;
+            }
+            (value, changes)
+        };
+        self.apply(epoch, reservation, changes);
+        Ok(value)
+    }
+
+    fn apply(&self, epoch: Epoch, reservation: &mut Reservation, changes: Changes) {
+        if changes.items.is_empty() && changes.freed.is_empty() {
+            return;
+        }
+        let mut space = TransactionSpace { shard: self, reservation };
+        let mut tree = self.tree.borrow_mut();
+        for (key, value) in changes.items {
+            match value {
+                Some(value) => {
+                    tree.insert(key, &value, epoch, &mut space).expect("every key was touched just before");
+                }
+                None => {
+                    tree.remove(&key, epoch, &mut space).expect("every key was touched just before");
+                }
+            }
+        }
+        drop(tree);
+        let mut alloc = self.alloc.borrow_mut();
+        for (start, count) in changes.freed {
+            alloc.free(start, count);
+        }
+        drop(alloc);
+        self.epochs.mark_changed();
+        self.volume.note_commit(self.id, epoch);
+    }
+
+    fn batch_context(&self, epoch: Epoch) -> BatchContext {
+        BatchContext { shard: self.id, now: self.ctx.wall(), epoch, hash_seed: self.volume.hash_seed }
+    }
+
+    /// Reserves space. When there is none, first closes epochs (what they freed becomes free) and asks other shards
+    /// for an empty group. Takes no lock and waits for none, so it may be called with inode and range locks held.
+    ///
+    /// # Errors
+    /// [`FsError::NoSpace`] if all that did not help.
+    pub(crate) async fn reserve(
+        &self,
+        data_blocks: u64,
+        nodes: u64,
+        priority: Priority,
+    ) -> Result<Reservation, FsError> {
+        let mut checkpoints = 0;
+        loop {
+            if let Some(reservation) = self.counter.reserve(data_blocks, nodes, priority) {
+                return Ok(reservation);
+            }
+            if self.adopt_group().await? {
+                continue;
+            }
+            if checkpoints == RECLAIM_CHECKPOINTS || self.counter.pinned() == 0 {
+                return Err(FsError::NoSpace);
+            }
+            checkpoints += 1;
+            self.volume.checkpoint_now().await?;
+        }
+    }
+
+    /// Asks the other shards for an empty group; `false` if none can spare one.
+    async fn adopt_group(&self) -> Result<bool, FsError> {
+        for peer in self.volume.peers_by_space(self.id) {
+            if let PeerReply::Transfer(Some(group)) = self.call(peer, PeerCall::SurrenderGroup).await? {
+                self.alloc.borrow_mut().adopt(group);
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Loads nodes for a plan, and tells damage from a race.
+#[derive(Default)]
+struct Loader {
+    failed: Option<BlockNr>,
+}
+
+impl Loader {
+    /// Brings one node into memory. A node that does not verify is an error only if it is still wanted afterwards:
+    /// while it was being read the tree may have moved on, and its blocks may have a new owner.
+    async fn load(&mut self, shard: &Shard, missing: Missing) -> Result<(), FsError> {
+        let address = missing.address();
+        let image = shard.read_node(address).await?;
+        let supplied = shard.tree.borrow().supply(missing, image);
+        match supplied {
+            Ok(()) => self.failed = None,
+            Err(error) if self.failed == Some(address) => {
+                shard.volume.note_damage(shard.id, &error.to_string());
+                return Err(FsError::Damaged { what: error.to_string(), block: Some(address), inode: None });
+            }
+            Err(_) => self.failed = Some(address),
+        }
+        shard.relieve_tree_memory();
+        Ok(())
+    }
+}

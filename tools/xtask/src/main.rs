@@ -1,2 +1,73 @@
-//! Placeholder of the workspace skeleton.
-fn main() {}
+//! `cargo xtask`: the menu of the project's build tasks.
+//!
+//! Owns: which checks and test tiers exist, in which order they run, and the closing table that says for each step
+//! whether it passed, failed or was skipped and why.
+//!
+//! Invariants: a step that could not run is reported as skipped with its reason and the command that would enable
+//! it, never as passed; one failing step does not hide the ones after it; the exit code is 0 only if none failed.
+//!
+//! Excludes: the tests themselves, and anything that builds on the project's own crates (this one depends on none).
+
+mod check;
+mod conventions;
+mod direction;
+mod packages;
+mod steps;
+mod test;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+
+use crate::steps::Steps;
+
+/// The project's build tasks.
+#[derive(Parser)]
+#[command(name = "cargo xtask", after_help = "Example:\n  cargo xtask check && cargo xtask test")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Format, clippy, rustdoc, dependency direction, conventions, cargo-deny
+    Check,
+    /// Unit, property and documentation tests, then the tiers that mount
+    Test(test::TestOptions),
+    /// check, then test: what CI runs
+    Ci(test::TestOptions),
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(steps) => steps.report(),
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<Steps> {
+    let root = workspace_root()?;
+    let mut steps = Steps::new(root);
+    match &arguments.task {
+        Task::Check => check::run(&mut steps),
+        Task::Test(options) => test::run(&mut steps, options),
+        Task::Ci(options) => {
+            check::run(&mut steps);
+            test::run(&mut steps, options);
+        }
+    }
+    Ok(steps)
+}
+
+/// The folder of the workspace's `Cargo.toml`: two above this crate's.
+fn workspace_root() -> anyhow::Result<PathBuf> {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let root = here.ancestors().nth(2).context("this crate lies two folders below the workspace")?;
+    Ok(root.to_path_buf())
+}

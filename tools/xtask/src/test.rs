@@ -1,0 +1,118 @@
+//! `cargo xtask test`: the test tiers, from the fastest to those that mount and run real programs.
+//!
+//! Owns: which tiers exist and what each needs.
+//!
+//! | tier | is | needs |
+//! |---|---|---|
+//! | unit | every test that is not `#[ignore]`d, of all crates | nothing |
+//! | doc | documentation tests | nothing |
+//! | mount | the `#[ignore]`d tests of `pollux-tools` and `hw-tests`, in release: real mounts, real programs | `/dev/fuse`, root or fusermount3, Debian packages |
+//!
+//! A test that needs more than a compiler carries `#[ignore = "what it needs"]`; this task is what runs it. The mount
+//! tier finds the built programs in the folder named by the environment variable `POLLUX_BIN_DIR`.
+
+use clap::Args;
+
+use crate::packages;
+use crate::steps::{Steps, has_cargo_command};
+
+/// Crates whose ignored tests make the mount tier.
+const MOUNT_CRATES: &[&str] = &["--package", "pollux-tools", "--package", "hw-tests"];
+
+/// Which tiers run.
+#[derive(Args)]
+pub(crate) struct TestOptions {
+    /// Leave out the tier that mounts and runs real programs
+    #[arg(long)]
+    pub(crate) no_mount: bool,
+}
+
+/// Runs the tiers.
+pub(crate) fn run(steps: &mut Steps, options: &TestOptions) {
+    let runner = Runner::find(steps);
+    runner.unit(steps);
+    steps.cargo("doc tests", &["test", "--quiet", "--locked", "--workspace", "--doc"]);
+    if options.no_mount {
+        steps.skip("mount tests", "left out with --no-mount");
+    } else {
+        mount(steps, runner);
+    }
+}
+
+fn mount(steps: &mut Steps, runner: Runner) {
+    if let Some(reason) = packages::why_no_mount() {
+        steps.skip("mount tests", &reason);
+        return;
+    }
+    let missing = packages::missing();
+    if !missing.is_empty() {
+        println!("\ninstalling {} for the mount tests", missing.join(", "));
+        if let Err(reason) = packages::install(&missing) {
+            steps.fail("mount tests", &reason);
+            return;
+        }
+    }
+    steps.cargo(
+        "release build",
+        &["build", "--quiet", "--locked", "--release", "--package", "pollux-tools", "--bins"],
+    );
+    runner.ignored(steps);
+}
+
+/// Which program runs the tests.
+#[derive(Clone, Copy)]
+enum Runner {
+    Nextest,
+    CargoTest,
+}
+
+impl Runner {
+    fn find(steps: &Steps) -> Self {
+        if has_cargo_command(steps.root(), "nextest") {
+            return Self::Nextest;
+        }
+        println!("cargo-nextest is not installed (`cargo install --locked cargo-nextest`); using cargo test");
+        Self::CargoTest
+    }
+
+    fn unit(self, steps: &mut Steps) {
+        match self {
+            Self::Nextest => steps.cargo(
+                "unit tests",
+                &["nextest", "run", "--locked", "--workspace", "--no-fail-fast", "--status-level", "slow"],
+            ),
+            Self::CargoTest => steps.cargo(
+                "unit tests",
+                &["test", "--quiet", "--locked", "--workspace", "--no-fail-fast", "--all-targets"],
+            ),
+        }
+    }
+
+    fn ignored(self, steps: &mut Steps) {
+        let binaries = target_folder(steps).join("release");
+        let binaries = binaries.to_string_lossy();
+        let environment = [("POLLUX_BIN_DIR", &*binaries)];
+        let mut arguments = match self {
+            Self::Nextest => {
+                vec!["nextest", "run", "--locked", "--release", "--no-fail-fast", "--status-level", "pass"]
+            }
+            Self::CargoTest => vec!["test", "--locked", "--release", "--no-fail-fast", "--lib", "--tests"],
+        };
+        arguments.extend(MOUNT_CRATES);
+        // One at a time: each of these keeps a daemon, a mount and often all cores busy.
+        match self {
+            Self::Nextest => {
+                arguments.extend(["--run-ignored", "only", "--test-threads", "1", "--no-tests", "warn"]);
+            }
+            Self::CargoTest => arguments.extend(["--", "--ignored", "--test-threads", "1"]),
+        }
+        steps.cargo_with("mount tests", &arguments, &environment);
+    }
+}
+
+fn target_folder(steps: &Steps) -> std::path::PathBuf {
+    match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(folder) => steps.root().join(folder),
+        None => steps.root().join("target"),
+    }
+}

@@ -144,6 +144,9 @@ impl FileOffset {
 }
 
 impl InodeNr {
+    /// The root directory: the first inode of the first shard.
+    pub const ROOT: Self = Self(1 << SHARD_BITS);
+
     /// The shard that owns the inode.
     pub const fn shard(self) -> ShardId {
         ShardId((self.0 & (MAX_SHARDS as u64 - 1)) as u8)
@@ -196,6 +199,9 @@ impl Generation {
 pub struct ShardId(u8);
 
 impl ShardId {
+    /// The shard that every volume has: the root directory's.
+    pub const FIRST: Self = Self(0);
+
     /// The shard `value`; `None` unless it is below [`MAX_SHARDS`].
     pub const fn new(value: u8) -> Option<Self> {
         if value < MAX_SHARDS { Some(Self(value)) } else { None }

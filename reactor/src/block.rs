@@ -141,7 +141,9 @@ pub struct OpTag(pub u64);
 #[non_exhaustive]
 pub enum IoError {
     /// The request lies outside the device or is not a multiple of the block size.
-    #[error("request outside the device or not aligned to its {lba_size}-byte blocks: lba {lba}, {bytes} bytes")]
+    #[error(
+        "request outside the device or not aligned to its {lba_size}-byte blocks: lba {lba}, {bytes} bytes"
+    )]
     InvalidRange {
         /// First block asked for.
         lba: u64,

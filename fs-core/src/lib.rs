@@ -1,5 +1,7 @@
 //! Placeholder of the workspace skeleton; replaced by the crate's first slice.
 
+pub mod format;
+pub mod tree;
 pub mod types;
 
 #[allow(dead_code)] // until the shard uses it

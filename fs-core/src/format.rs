@@ -6,4 +6,6 @@
 //! Invariants: multi-byte fields are little-endian; reserved bytes are explicit and zero; sizes are asserted at compile
 //! time; every field read is input: no panic, no unbounded loop, no allocation sized by it.
 
+pub mod group;
 pub mod node;
+pub mod superblock;

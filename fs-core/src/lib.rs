@@ -1,5 +1,6 @@
 //! Placeholder of the workspace skeleton; replaced by the crate's first slice.
 
+pub mod alloc;
 pub mod error;
 pub mod format;
 pub mod request;

@@ -4,8 +4,8 @@
 //!
 //! The tree is synchronous and knows no device. An operation that needs a node that is not in memory returns
 //! [`Missing`] and has changed nothing; the caller reads the node, hands the image to [`Tree::supply`] and tries again.
-//! A change that follows a successful [`Tree::touch`] of its key without an await in between never misses; several
-//! changes go through [`Tree::apply`].
+//! After a successful [`Tree::touch`] a change of that key never misses, until the next [`Tree::evict`]; changes of
+//! other keys take nothing out of memory.
 //!
 //! **Copy on write.** A change copies every node on its path that was made before the last [`Tree::freeze`], to an
 //! address from the [`NodeSpace`], and frees the old address; nodes made since are changed in place. So freezing is
@@ -16,7 +16,7 @@
 //!
 //! Invariants:
 //! - all leaves have level 0, children one level less than their parents;
-//! - only the root can be a leaf without items; an inner node has a child;
+//! - an inner node has a child; a leaf without items is there only if no neighbour could take its keys in memory;
 //! - keys of a child are at least the key of its entry (but for the first) and less than the next one's;
 //! - no node is newer than its parent, and epochs given to changes never fall;
 //! - every address taken from the space belongs to a node of the tree, or was given back exactly once.
@@ -43,7 +43,7 @@ use std::rc::Rc;
 use self::node::{Body, Child, Cohort, Gauge, Node};
 pub use crate::format::node::{
     BlockPtr, Expected, INNER_CAPACITY, ItemKind, Key, KeyBounds, MAX_LEVEL, MAX_VALUE, NODE_BLOCKS,
-    NODE_SIZE, NodeError, NodeImage, Position, TreeIdentity,
+    NODE_SIZE, NodeError, NodeImage, TreeIdentity,
 };
 pub use change::{Inserted, max_nodes_per_change};
 pub use evict::{EVICT_VISITS, Eviction};
@@ -291,7 +291,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Makes sure that `key` can be read, inserted or removed without a miss, until the next await or removal.
+    /// Makes sure that `key` can be read, inserted or removed without a miss, until the next [`Tree::evict`].
     ///
     /// # Errors
     /// The node that is needed first.
@@ -326,8 +326,7 @@ impl Tree {
             None => &self.root,
         };
         if level == wanted.level && child.visit().is_err_and(|ptr| ptr == wanted.ptr) {
-            let position = if parent.is_some() { Position::Child } else { Position::Root };
-            let expected = Expected { bounds, position, ..wanted };
+            let expected = Expected { bounds, ..wanted };
             child.fill(Node::load(image, &expected, &self.gauge)?);
         }
         Ok(())
@@ -350,8 +349,7 @@ impl Tree {
     }
 
     fn missing(&self, ptr: BlockPtr, level: u8, path: &Path) -> Missing {
-        let position = if path.depth == 0 { Position::Root } else { Position::Child };
-        Missing { expected: Expected { identity: self.identity, ptr, level, bounds: path.bounds, position } }
+        Missing { expected: Expected { identity: self.identity, ptr, level, bounds: path.bounds } }
     }
 }
 

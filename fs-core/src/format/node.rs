@@ -13,7 +13,6 @@
 //! - a leaf's values lie end to end in the order of their keys, from the last byte of the node downwards; all that is
 //!   neither header, table nor value is zero. So an image is a function of its contents, and no deleted byte leaks;
 //! - an inner node has at least one child; the key of its first is zero, for that child begins where the node does;
-//! - only a root may be a leaf without items;
 //! - no child is newer than its parent.
 //!
 //! *Legal crash outcomes*: a node is written before the superblock that reaches it and never again in place, so a torn
@@ -206,15 +205,6 @@ pub struct TreeIdentity {
     pub shard: ShardId,
 }
 
-/// Where a node stands in its tree.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Position {
-    /// The root: the only node that may be without items.
-    Root,
-    /// Below another node.
-    Child,
-}
-
 /// All that is known of a node before it is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Expected {
@@ -226,8 +216,6 @@ pub struct Expected {
     pub level: u8,
     /// Keys it may hold.
     pub bounds: KeyBounds,
-    /// Root or not.
-    pub position: Position,
 }
 
 /// What is wrong with a node.
@@ -289,7 +277,7 @@ pub enum NodeError {
         /// The level stored.
         found: u8,
     },
-    /// More items than fit, or none where there must be some.
+    /// More items than fit, or an inner node without children.
     #[error("item count {found} is impossible")]
     Count {
         /// The count stored.
@@ -494,7 +482,7 @@ fn check_key(
 
 fn check_leaf(image: &NodeImage, count: usize, expected: &Expected) -> Result<(), NodeError> {
     let table_end = HEADER_SIZE + count * SLOT_SIZE;
-    if table_end > NODE_SIZE || (count == 0 && expected.position != Position::Root) {
+    if table_end > NODE_SIZE {
         return Err(NodeError::Count { found: count });
     }
     let mut previous = None;
@@ -595,7 +583,7 @@ impl<'image> CheckedNode<'image> {
             let (key, ptr) = entries.next()?;
             let high = entries.peek().map_or(parent.bounds.high, |(key, _)| Some(*key));
             let bounds = KeyBounds { low: low.take().unwrap_or(key), high };
-            Some(Expected { ptr, level: parent.level - 1, bounds, position: Position::Child, ..parent })
+            Some(Expected { ptr, level: parent.level - 1, bounds, ..parent })
         })
     }
 }

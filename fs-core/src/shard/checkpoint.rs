@@ -44,7 +44,7 @@ impl Shard {
             self.queue_write(&mut writes, group.block, group.bytes).await?;
         }
         let mut tree = self.last_root.get();
-        if let Some(frozen_tree) = frozen.tree {
+        if let Some(frozen_tree) = &frozen.tree {
             for node in frozen_tree.dirty_nodes() {
                 let (address, image) = node.seal();
                 self.queue_write(&mut writes, address, image.to_vec()).await?;
@@ -53,6 +53,9 @@ impl Shard {
         }
         while let Some(written) = writes.next().await {
             written?;
+        }
+        if let Some(frozen_tree) = &frozen.tree {
+            frozen_tree.mark_written();
         }
         self.last_root.set(tree);
         Ok(ShardRoot { tree, next_inode: frozen.next_inode, inodes: frozen.inodes })

@@ -6,6 +6,9 @@
 //! A change first descends without changing anything, which finds what is missing and records the way; the recursion
 //! follows that record, so it never searches and never misses. Neighbours are joined only if they are in memory.
 //!
+//! Invariant: a change takes no key's path out of memory. So what was touched can be changed until something is
+//! evicted, whatever other transactions do in between.
+//!
 //! Excludes: search, freezing, eviction.
 
 use std::rc::Rc;
@@ -102,11 +105,8 @@ impl Tree {
         Ok(inserted)
     }
 
-    /// Makes a transaction's changes, in whole or not at all: `Some` inserts an item or gives it a new value, `None`
-    /// removes it if it is there.
-    ///
-    /// This is the way to make several changes: removals come last, because one that empties a leaf takes it away, and
-    /// keys that were touched in that leaf then belong to a neighbour that may not be in memory.
+    /// Makes several changes, in whole or not at all: `Some` inserts an item or gives it a new value, `None` removes
+    /// it if it is there.
     ///
     /// # Errors
     /// The node that is needed first; nothing was changed.
@@ -122,17 +122,12 @@ impl Tree {
         for (key, _) in changes.clone() {
             self.touch(key)?;
         }
-        for (key, value) in changes.clone() {
-            if let Some(value) = value {
-                self.insert(*key, value, epoch, space).expect("insertions take nothing out of memory");
-            }
-        }
         for (key, value) in changes {
-            if value.is_none() {
-                // All leaves of these keys were in memory. One that is missed now was emptied before, and a neighbour
-                // has its keys: the item is not there.
-                let _: Result<bool, Missing> = self.remove(key, epoch, space);
-            }
+            let missed = match value {
+                Some(value) => self.insert(*key, value, epoch, space).err(),
+                None => self.remove(key, epoch, space).err(),
+            };
+            assert_eq!(missed, None, "changes take nothing out of memory");
         }
         Ok(())
     }
@@ -291,10 +286,8 @@ fn remove_from(slot: &mut Rc<Node>, steps: &[u16], item: usize, change: &mut Cha
     let child = inner.child_mut(index).node_mut().expect("the path is in memory");
     match remove_from(child, steps, item, change) {
         Remains::Enough => return Remains::Enough,
-        Remains::Nothing => {
-            release(child, change);
-            inner.remove(index);
-        }
+        Remains::Nothing if inner.len() == 1 => return Remains::Nothing,
+        Remains::Nothing => remove_empty(inner, index, change),
         Remains::Little => {
             // With the right neighbour first: then nothing needs to be copied that is not already.
             if !join(inner, index, change) && index > 0 {
@@ -303,9 +296,51 @@ fn remove_from(slot: &mut Rc<Node>, steps: &[u16], item: usize, change: &mut Cha
         }
     }
     match inner.len() {
-        0 => Remains::Nothing,
+        // Of several that had to stay without items, the last one: now the whole node can go.
+        1 if holds_nothing(inner.child(0)) => Remains::Nothing,
         count if count < change.fanout / 3 => Remains::Little,
         _ => Remains::Enough,
+    }
+}
+
+/// Whether a child is known to hold nothing: an empty leaf, or a node with such a one as its only child.
+fn holds_nothing(child: &Child) -> bool {
+    let Some(node) = child.peek() else { return false };
+    match &node.body {
+        Body::Leaf(leaf) => leaf.len() == 0,
+        Body::Inner(inner) => inner.len() == 1 && holds_nothing(inner.child(0)),
+    }
+}
+
+/// Takes away child `index`, which holds nothing, if a neighbour can have its keys: one whose edge is in memory down to
+/// the leaf, so that no key that could be changed before would miss now. Else the child stays, without items.
+fn remove_empty(inner: &mut Inner, index: usize, change: &mut Change<'_>) {
+    if index > 0 && edge_is_resident(inner.child(index - 1), Side::Right) {
+        release_chain(&inner.remove(index), change);
+    } else if index + 1 < inner.len() && edge_is_resident(inner.child(index + 1), Side::Left) {
+        release_chain(&inner.remove_forward(index), change);
+    }
+}
+
+/// Whether the outermost nodes below `child` on one side are in memory.
+fn edge_is_resident(child: &Child, side: Side) -> bool {
+    let Some(node) = child.peek() else { return false };
+    match &node.body {
+        Body::Leaf(_) => true,
+        Body::Inner(inner) => {
+            let outermost = if side == Side::Left { 0 } else { inner.len() - 1 };
+            edge_is_resident(inner.child(outermost), side)
+        }
+    }
+}
+
+/// Releases a node that holds nothing: an empty leaf, or a node with such a one as its only child.
+fn release_chain(child: &Child, change: &mut Change<'_>) {
+    let node = child.peek().expect("what was just emptied is in memory");
+    release(&node, change);
+    if let Body::Inner(inner) = &node.body {
+        assert_eq!(inner.len(), 1, "a node that holds nothing has one child at most");
+        release_chain(inner.child(0), change);
     }
 }
 
@@ -339,7 +374,10 @@ fn join(inner: &mut Inner, left: usize, change: &mut Change<'_>) -> bool {
 
 /// Takes levels off a root that no longer needs them.
 fn shrink(root: &mut Rc<Node>, remains: Remains, change: &mut Change<'_>) {
-    if remains == Remains::Nothing && root.level() > 0 {
+    if remains == Remains::Nothing
+        && let Body::Inner(inner) = &root.body
+    {
+        release_chain(inner.child(0), change);
         own(root, change).body = Body::Leaf(Leaf::new());
     }
     loop {

@@ -245,11 +245,18 @@ impl Inner {
         self.children.insert(index, child);
     }
 
+    /// Takes child `index` away; the one before it has its keys now, or the next one if it was the first.
     pub(super) fn remove(&mut self, index: usize) -> Child {
         self.keys.remove(index);
         if let Some(first) = self.keys.first_mut() {
             *first = Key::MIN;
         }
+        self.children.remove(index)
+    }
+
+    /// Takes child `index` away and gives its keys to the next one, instead of the one before.
+    pub(super) fn remove_forward(&mut self, index: usize) -> Child {
+        self.keys.remove(index + 1);
         self.children.remove(index)
     }
 

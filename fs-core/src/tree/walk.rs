@@ -3,15 +3,14 @@
 //! Owns: [`Walk`], which says what to read next and checks what was read. It knows no device, so that it serves
 //! synchronous and asynchronous callers; it holds at most the unread children of one node per level.
 //!
-//! Levels fall by one from parent to child and bounds narrow, so that no damage makes a walk endless: each node that
-//! passes its check holds keys that no other can.
+//! No damage makes a walk endless: levels fall by one from parent to child, and a node with two children or an item
+//! passes its check under one parent only, since it holds a key within its bounds. What can be reached twice is a chain
+//! of single children above an empty leaf, and that is no longer than the tree is high.
 //!
 //! Excludes: the meaning of items; what lies in memory.
 
 use super::TreeRoot;
-use crate::format::node::{
-    CheckedNode, Expected, KeyBounds, NodeError, NodeImage, Position, TreeIdentity, check,
-};
+use crate::format::node::{CheckedNode, Expected, KeyBounds, NodeError, NodeImage, TreeIdentity, check};
 
 /// A walk in key order, parents before children.
 ///
@@ -30,13 +29,7 @@ pub struct Walk {
 impl Walk {
     /// A walk over the tree with this root.
     pub fn new(identity: TreeIdentity, root: TreeRoot) -> Self {
-        let root = Expected {
-            identity,
-            ptr: root.ptr,
-            level: root.level,
-            bounds: KeyBounds::ALL,
-            position: Position::Root,
-        };
+        let root = Expected { identity, ptr: root.ptr, level: root.level, bounds: KeyBounds::ALL };
         Self { pending: vec![root], current: None }
     }
 

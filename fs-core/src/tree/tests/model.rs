@@ -72,10 +72,27 @@ struct Run {
     model: Model,
     frozen: Vec<(FrozenTree, Model)>,
     held: Vec<(Value, Vec<u8>)>,
+    /// Keys touched since the last eviction: they must not miss.
+    touched: Vec<Key>,
 }
 
 impl Run {
     fn step(&mut self, operation: Operation) {
+        match &operation {
+            Operation::Look(key, _) | Operation::Remove(key) | Operation::Insert(key, _) => {
+                self.bench.retry(|bench| bench.tree.touch(key));
+                self.touched.push(*key);
+            }
+            Operation::Evict(_) => self.touched.clear(),
+            _ => {}
+        }
+        self.run_operation(operation);
+        for key in &self.touched {
+            assert_eq!(self.bench.tree.touch(key), Ok(()), "only eviction takes nodes out of memory");
+        }
+    }
+
+    fn run_operation(&mut self, operation: Operation) {
         match operation {
             Operation::Insert(key, value) => self.insert(key, value.bytes()),
             Operation::Remove(key) => self.remove(&key),
@@ -199,7 +216,8 @@ impl Run {
 
 fn run(fanout: usize, operations: Vec<Operation>) {
     let bench = Bench::new(fanout);
-    let mut run = Run { bench, model: Model::new(), frozen: Vec::new(), held: Vec::new() };
+    let mut run =
+        Run { bench, model: Model::new(), frozen: Vec::new(), held: Vec::new(), touched: Vec::new() };
     operations.into_iter().for_each(|operation| run.step(operation));
     run.finish();
 }

@@ -227,7 +227,7 @@ fn insert_into_leaf(
     value: &[u8],
     change: &mut Change<'_>,
 ) -> (Inserted, Option<Split>) {
-    let (index, inserted) = match leaf.search(key) {
+    let (index, inserted) = match leaf.search_from_end(key) {
         Ok(index) if leaf.replace(index, value) => return (Inserted::Replaced, None),
         Ok(index) => (index, Inserted::Replaced),
         Err(index) if leaf.has_room(value.len()) => {

@@ -260,3 +260,25 @@ fn first_child_begins_where_its_node_does() {
     let root = bench.checkpoint();
     assert_eq!(bench.stored(root).len(), 18);
 }
+
+proptest! {
+    #[test]
+    fn successor_and_predecessor_leave_no_gap(
+        left in (0..3u64, 0..3u8, 0..3u64, 0..3u64),
+        right in (0..3u64, 0..3u8, 0..3u64, 0..3u64),
+    ) {
+        // 0, 1 and the largest of each part.
+        let wide = |part: u64| if part == 2 { u64::MAX } else { part };
+        let key = |(object, kind, offset, minor): (u64, u8, u64, u64)| {
+            let kind = if kind == 2 { u8::MAX } else { kind };
+            Key::new(wide(object), ItemKind::new(kind), wide(offset), wide(minor))
+        };
+        let (left, right) = (key(left), key(right));
+        if left < right {
+            prop_assert!(left.successor().unwrap() <= right);
+            prop_assert_eq!(left.successor().unwrap().predecessor(), Some(left));
+            prop_assert!(right.predecessor().unwrap() >= left);
+            prop_assert_eq!(right.predecessor().unwrap().successor(), Some(right));
+        }
+    }
+}

@@ -1,9 +1,11 @@
 //! Placeholder of the workspace skeleton; replaced by the crate's first slice.
 
 pub mod alloc;
+pub mod disk;
 pub mod error;
 pub mod format;
 pub mod request;
+pub mod superblock;
 pub mod tree;
 pub mod types;
 

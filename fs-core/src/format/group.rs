@@ -395,6 +395,11 @@ pub fn decode(
     Ok(SlotContents { epoch, owner, bitmap, contribution: contribution(group, epoch, stored) })
 }
 
+/// Whether a block begins like a bitmap slot, of whatever volume.
+pub fn is_bitmap_slot(block: &[u8]) -> bool {
+    block.starts_with(&MAGIC)
+}
+
 /// What the slot of `group` with `epoch` and checksum `crc` adds (wrapping) to the digest of all groups.
 ///
 /// The superblock holds the sum over every group's current slot. A slot that was lost, that fell back to an older

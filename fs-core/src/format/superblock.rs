@@ -22,7 +22,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::format::group::{CLUSTER_BLOCKS, LayoutError, SlotIdentity, VolumeLayout};
-use crate::format::node::{BlockPtr, MAX_LEVEL};
+use crate::format::node::{BlockPtr, MAX_LEVEL, TreeIdentity};
 use crate::tree::TreeRoot;
 use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, Epoch, Generation, MAX_SHARDS, ShardId};
 
@@ -199,6 +199,11 @@ impl Superblock {
         let mut prefix = [0; 8];
         prefix.copy_from_slice(&bytes[..8]);
         SlotIdentity { volume: u64::from_le_bytes(prefix), shards: self.shard_count() }
+    }
+
+    /// What marks the nodes of a shard's tree as its own.
+    pub fn tree_identity(&self, shard: ShardId) -> TreeIdentity {
+        TreeIdentity { volume: self.identity().volume, shard }
     }
 
     /// Block of this generation's slot in each ring.

@@ -396,3 +396,6 @@ where
     }
     output
 }
+
+#[cfg(test)]
+mod tests;

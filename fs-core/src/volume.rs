@@ -70,7 +70,7 @@ pub(crate) struct VolumeShared {
 impl VolumeShared {
     /// The shared part of `shard`.
     pub(crate) fn shard(&self, shard: ShardId) -> &ShardShared {
-        &self.shards[usize::from(shard.get())]
+        &self.shards[shard.index()]
     }
 
     /// Every shard's number.
@@ -252,7 +252,7 @@ impl Volume {
         source: WriteSource,
         kill_privileges: KillPrivileges,
     ) -> WriteOutcome {
-        let Some(shard) = self.shared.shards.get(usize::from(inode.shard().get())) else {
+        let Some(shard) = self.shared.shards.get(inode.shard().index()) else {
             return WriteOutcome::Failed(FsError::NotFound);
         };
         if let Err(error) = self.shared.check_writable() {
@@ -360,7 +360,7 @@ impl Volume {
         if self.shared.is_stopping() {
             return Err(FsError::ShuttingDown);
         }
-        if usize::from(shard.get()) >= self.shared.shard_count() {
+        if shard.index() >= self.shared.shard_count() {
             return Err(FsError::NotFound);
         }
         Ok(shard)

@@ -168,7 +168,9 @@ impl Allocator {
         allocator
     }
 
-    /// Takes 1 to `want` consecutive data blocks, at most what is reserved and at most [`MAX_ALLOCATION`].
+    /// Takes 1 to `want` consecutive data blocks, at most what is reserved and at most [`MAX_ALLOCATION`]. They are
+    /// kept from others, but a freeze does not count them as used before [`commit_data`](Self::commit_data): if the
+    /// write that took them does not come to its end before a crash, nobody owns them.
     ///
     /// # Panics
     /// If nothing is wanted or reserved, or if the reservation is another shard's.
@@ -180,6 +182,36 @@ impl Allocator {
         self.take(number, run);
         from.consume_data(run.len as u64);
         (self.groups[&number].block(run.start), BlockCount::new(run.len as u64))
+    }
+
+    /// Data blocks that were allocated are referenced from now on.
+    ///
+    /// # Panics
+    /// If they were not allocated, or were committed before.
+    pub fn commit_data(&mut self, start: BlockNr, count: BlockCount) {
+        let (number, run) = self.taken(start, count);
+        self.groups.get_mut(&number).expect("taken blocks are in a group of this shard").commit(run);
+    }
+
+    /// Data blocks that were allocated are not needed after all. They are free again at once, and not reserved.
+    ///
+    /// # Panics
+    /// If they were not allocated, or were committed.
+    pub fn abandon_data(&mut self, start: BlockNr, count: BlockCount) {
+        let (number, run) = self.taken(start, count);
+        let group = self.groups.get_mut(&number).expect("taken blocks are in a group of this shard");
+        let clusters = group.abandon(run) as u64;
+        self.index(number);
+        self.counter.released(count.get(), clusters);
+    }
+
+    /// Where blocks that were allocated lie.
+    fn taken(&self, start: BlockNr, count: BlockCount) -> (u64, BitRun) {
+        let number = self.layout.group_of(start).expect("what was allocated is in the volume");
+        let first = start.get() - self.layout.group_start(number).get();
+        let run = BitRun { start: first as usize, len: count.get() as usize };
+        assert!(run.start + run.len <= self.layout.bitmap_bits(), "what was allocated is in one group");
+        (number, run)
     }
 
     /// Takes the four blocks of a tree node.
@@ -199,6 +231,7 @@ impl Allocator {
         group.node_cursor = run.start / WORD_BITS;
         let address = group.block(run.start);
         self.take(number, run);
+        self.groups.get_mut(&number).expect("the index names groups that are there").commit(run);
         address
     }
 

@@ -36,9 +36,9 @@ pub(super) enum Slot {
 pub(super) struct Group {
     pub(super) number: u64,
     pub(super) start: BlockNr,
-    /// What is used as of now; becomes the next image.
+    /// What is referenced as of now; becomes the next image.
     used: Bitmap,
-    /// What is not to be had: used or pinned.
+    /// What is not to be had: used, pinned, or taken by a write that is not finished.
     busy: Bitmap,
     pub(super) free_blocks: usize,
     pub(super) free_clusters: usize,
@@ -127,14 +127,36 @@ impl Group {
         BlockNr::new(self.start.get() + bit as u64)
     }
 
-    /// Takes blocks that a search has found.
+    /// Takes blocks that a search has found. Nobody else gets them, but no image says that they are used.
     pub(super) fn allocate(&mut self, run: BitRun) {
         assert!(self.busy.all_clear(run), "only free blocks are allocated");
         self.free_clusters -= self.busy.clear_clusters_in(run);
         self.free_blocks -= run.len;
-        self.used.set(run);
         self.busy.set(run);
+    }
+
+    /// Blocks that were taken are referenced from now on: the next image says so.
+    pub(super) fn commit(&mut self, run: BitRun) {
+        assert!(
+            self.busy.all_set(run) && self.used.all_clear(run),
+            "only blocks that were taken are committed"
+        );
+        self.used.set(run);
         self.changed = Change::Open;
+    }
+
+    /// Blocks that were taken and never referenced are free again. Returns how many clusters became whole.
+    pub(super) fn abandon(&mut self, run: BitRun) -> usize {
+        assert!(
+            self.busy.all_set(run) && self.used.all_clear(run),
+            "only blocks that were taken are abandoned"
+        );
+        let before = self.busy.clear_clusters_in(run);
+        self.busy.clear(run);
+        let whole = self.busy.clear_clusters_in(run) - before;
+        self.free_clusters += whole;
+        self.free_blocks += run.len;
+        whole
     }
 
     /// Whether the blocks can be freed: all used, none of the volume's own structures.

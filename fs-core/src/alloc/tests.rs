@@ -103,6 +103,7 @@ impl World {
         let (start, len) = self.allocators[*shard].allocate_data(BlockCount::new(want), reservation);
         assert!(len.get() >= 1 && len.get() <= want && len.get() <= 256);
         assert_eq!(reservation.data_blocks(), left - len.get());
+        self.allocators[*shard].commit_data(start, len);
         let piece = Piece { shard: *shard, start: start.get(), len: len.get() };
         self.check_new(piece);
         self.pieces.push(piece);
@@ -425,6 +426,25 @@ proptest! {
         let capacity: u64 = world.counters.iter().map(|counter| counter.capacity()).sum();
         prop_assert_eq!(world.counters.iter().map(|counter| counter.free()).sum::<u64>(), capacity);
     }
+}
+
+/// A write-back that was cut short left its blocks marked as used, with nobody to free them.
+#[test]
+fn blocks_of_unfinished_writes_are_not_in_the_images() {
+    let mut world = World::new(32 * 512);
+    let free = world.counters[0].free();
+    let mut reservation = world.counters[0].reserve(8, 0, Priority::Normal).unwrap();
+    let (start, len) = world.allocators[0].allocate_data(BlockCount::new(8), &mut reservation);
+    assert_eq!(world.allocators[0].freeze(Epoch::new(100)).images, []);
+    world.allocators[0].durable(Epoch::new(100));
+    world.allocators[0].commit_data(start, BlockCount::new(len.get() - 1));
+    assert_eq!(world.allocators[0].freeze(Epoch::new(101)).images.len(), 1);
+    world.allocators[0].durable(Epoch::new(101));
+    let last = BlockNr::new(start.get() + len.get() - 1);
+    world.allocators[0].abandon_data(last, BlockCount::new(1));
+    drop(reservation);
+    assert_eq!(world.allocators[0].freeze(Epoch::new(102)).images, []);
+    assert_eq!(world.counters[0].free(), free - len.get() + 1);
 }
 
 #[test]

@@ -94,7 +94,7 @@ impl Coordinator {
         let epoch = self.volume.close_epoch();
         let roots = self.all_shards(|_| PeerCall::Checkpoint(epoch)).await?;
         let mut next = self.superblock.clone();
-        next.generation = next.generation.next();
+        next.generation = next.generation.next().expect("2⁶⁴ superblocks are not written");
         next.epoch = epoch;
         for (shard, reply) in roots {
             let PeerReply::Frozen(root) = reply else {
@@ -129,10 +129,11 @@ pub(crate) async fn call_all(
 
 /// Records a shard's root in a superblock.
 pub(super) fn set_root(superblock: &mut Superblock, shard: ShardId, root: ShardRoot) {
-    let slot = &mut superblock.shards[usize::from(shard.get())];
+    let slot = &mut superblock.shards[shard.index()];
     slot.tree = root.tree;
     slot.next_inode = root.next_inode;
     slot.inodes = root.inodes;
+    superblock.group_digest = superblock.group_digest.wrapping_add(root.digest_delta);
 }
 
 /// Writes dirty data and checkpoints at every commit interval, so that nothing older is lost even without fsync.
@@ -150,5 +151,5 @@ pub(super) async fn keep_commit_interval(ctx: Context, volume: Arc<VolumeShared>
 
 /// The epoch that a mount of `superblock` opens.
 pub(super) fn first_epoch(superblock: &Superblock) -> Epoch {
-    superblock.epoch.next()
+    superblock.epoch.next().expect("2⁶⁴ epochs do not pass")
 }

@@ -9,6 +9,7 @@ use super::*;
 use crate::types::ShardId;
 
 mod damage;
+mod golden;
 mod model;
 mod shape;
 

@@ -140,7 +140,7 @@ impl Shard {
     }
 
     /// Serves front ends until the mailbox closes.
-    pub(crate) async fn serve_requests(self: Rc<Self>, mailbox: Receiver<RequestMessage>) {
+    pub(crate) async fn serve_requests(self: Rc<Self>, mut mailbox: Receiver<RequestMessage>) {
         while let Some(RequestMessage::Serve(request, reply)) = mailbox.recv().await {
             while self.running.get() >= MAX_RUNNING_REQUESTS {
                 self.slot_freed.wait().await;
@@ -163,11 +163,22 @@ impl Shard {
     }
 
     /// Serves the other shards and the coordinator until the mailbox closes.
-    pub(crate) async fn serve_peers(self: Rc<Self>, mailbox: Receiver<PeerMessage>) {
+    pub(crate) async fn serve_peers(self: Rc<Self>, mut mailbox: Receiver<PeerMessage>) {
         while let Some(PeerMessage { call, reply }) = mailbox.recv().await {
             let stop = matches!(call, PeerCall::Stop);
+            // What gives something back needs no task, so that it cannot fail for want of one.
+            let call = match call {
+                PeerCall::Namespace(call) => match self.answer_namespace_now(call) {
+                    Ok(answer) => {
+                        let _abandoned = reply.send(answer.map(PeerReply::Namespace));
+                        continue;
+                    }
+                    Err(call) => PeerCall::Namespace(call),
+                },
+                call => call,
+            };
             let shard = Rc::clone(&self);
-            let task = async move { reply.send(shard.answer(call).await) };
+            let task = async move { drop(reply.send(shard.answer(call).await)) };
             if let Err(error) = self.ctx.spawn(task) {
                 tracing::error!(shard = %self.id, %error, "call of a peer dropped");
             }

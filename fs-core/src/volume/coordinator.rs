@@ -25,7 +25,8 @@ use crate::disk::VolumeDisk;
 use crate::error::FsError;
 use crate::shard::checkpoint::ShardRoot;
 use crate::shard::message::{PeerCall, PeerReply};
-use crate::superblock::{self, Superblock};
+use crate::format::superblock::Superblock;
+use crate::superblock;
 use crate::types::{Epoch, ShardId};
 
 use super::VolumeShared;
@@ -51,7 +52,7 @@ pub(super) struct Coordinator {
 
 impl Coordinator {
     /// Serves checkpoint requests until told to stop.
-    pub(super) async fn run(mut self, mailbox: Receiver<CoordinatorMessage>) {
+    pub(super) async fn run(mut self, mut mailbox: Receiver<CoordinatorMessage>) {
         loop {
             let mut waiting = Vec::new();
             let mut stop = false;
@@ -68,7 +69,8 @@ impl Coordinator {
             }
             let result = self.checkpoint_if_needed().await;
             for reply in waiting {
-                reply.send(result.clone());
+                // Whoever has stopped waiting needs no answer.
+                let _abandoned = reply.send(result.clone());
             }
             if stop {
                 return;
@@ -103,7 +105,11 @@ impl Coordinator {
             set_root(&mut next, shard, root);
         }
         self.disk.flush().await?;
-        superblock::write(&self.disk, &next).await?;
+        let written = superblock::write(&self.disk, &next).await;
+        if let Some(warning) = written.map_err(|error| FsError::Io(error.to_string()))? {
+            tracing::warn!(%warning);
+            self.volume.note_warning(warning.to_string());
+        }
         self.superblock = next;
         self.volume.set_durable(epoch);
         self.all_shards(|_| PeerCall::Durable(epoch)).await?;

@@ -103,7 +103,7 @@ impl Bell {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
@@ -126,5 +126,47 @@ mod tests {
         bell.request();
         assert!(bell.take_request());
         assert!(!bell.take_request());
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use loom::sync::Arc;
+    use loom::thread;
+
+    /// In every interleaving: the reactor sees the work in its second look, or somebody has rung.
+    #[test]
+    fn loom_work_published_before_the_ring_is_never_slept_through() {
+        loom::model(|| {
+            let bell = Arc::new(Bell::silent());
+            let work = Arc::new(AtomicBool::new(false));
+            let waker = {
+                let (bell, work) = (Arc::clone(&bell), Arc::clone(&work));
+                thread::spawn(move || {
+                    work.store(true, Ordering::Relaxed);
+                    bell.ring()
+                })
+            };
+            bell.announce();
+            let seen = work.load(Ordering::Relaxed);
+            // Not retracted: a reactor that saw nothing would now be blocked until the bell.
+            let rung = waker.join().unwrap();
+            assert!(seen || rung, "asleep, with work, and nobody rang");
+        });
+    }
+
+    /// Two wakers, one sleep: at most one of them pays for the system call.
+    #[test]
+    fn loom_one_sleep_costs_at_most_one_ring() {
+        loom::model(|| {
+            let bell = Arc::new(Bell::silent());
+            let other = Arc::clone(&bell);
+            bell.announce();
+            let waker = thread::spawn(move || other.ring());
+            let here = bell.ring();
+            assert!(here ^ waker.join().unwrap());
+            assert!(bell.retract());
+        });
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! An operation starts when it is asked for, not when its future is first polled, as long as a slot is free: several
 //! can be started and then awaited one after the other. Dropping a future detaches the operation; what happens then
-//! is in the table of [`slots`].
+//! is in the table of `disk/slots.rs`.
 //!
 //! Invariants:
 //! - no allocation per operation: slots are allocated once, wakers are kept in them;

@@ -2,7 +2,7 @@
 //!
 //! One OS thread per core runs a [`Runtime`] reactor: an executor of local tasks, bounded [mailboxes](mailbox())
 //! between threads, timers, and an asynchronous face ([`Disk`]) of a synchronous
-//! [`BlockDevice`](block::BlockDevice). The same tasks run under the [`sim::Simulator`]: any number of reactors in
+//! [`BlockDevice`]. The same tasks run under the [`sim::Simulator`]: any number of reactors in
 //! one thread, seeded, in virtual time.
 //!
 //! Invariants:

@@ -9,7 +9,7 @@
 //! The messages travel through a lock-free queue. A lock is touched only by those who have found the mailbox empty
 //! or full and are about to wait, and by who wakes them.
 //!
-//! *Memory ordering*: Dekker's pattern twice, through [`Gate`]: who waits registers, fences, and looks again; who
+//! *Memory ordering*: Dekker's pattern twice, through `mailbox/gate.rs`: who waits registers, fences, and looks again; who
 //! changes the queue changes it, fences, and looks for somebody registered. One of the two sees the other.
 //!
 //! Excludes: credits and reply slots (built from several mailboxes by their users). A producer that is preempted in

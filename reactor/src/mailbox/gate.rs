@@ -128,3 +128,57 @@ impl Gate {
         self.line.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use crate::park::CountingWaker;
+    use loom::sync::Arc;
+    use loom::thread;
+
+    /// In every interleaving: who waits sees the change in its second look, or is called.
+    #[test]
+    fn loom_change_is_seen_or_called_out() {
+        loom::model(|| {
+            let gate = Arc::new(Gate::new());
+            let items = Arc::new(AtomicUsize::new(0));
+            let sender = {
+                let (gate, items) = (Arc::clone(&gate), Arc::clone(&items));
+                thread::spawn(move || {
+                    items.store(1, Ordering::Relaxed);
+                    gate.call_one();
+                })
+            };
+            let wakes = CountingWaker::new();
+            gate.register(&mut Place::default(), &wakes.waker());
+            let seen = items.load(Ordering::Relaxed) == 1;
+            sender.join().unwrap();
+            assert!(seen || wakes.count() == 1);
+        });
+    }
+
+    /// In every interleaving: a call to somebody who is just leaving reaches the next in line.
+    #[test]
+    fn loom_call_to_a_leaver_reaches_the_next() {
+        loom::model(|| {
+            let gate = Arc::new(Gate::new());
+            let room = Arc::new(AtomicUsize::new(0));
+            let mut leaver = Place::default();
+            gate.register(&mut leaver, Waker::noop());
+            let wakes = CountingWaker::new();
+            gate.register(&mut Place::default(), &wakes.waker());
+            let receiver = {
+                let (gate, room) = (Arc::clone(&gate), Arc::clone(&room));
+                thread::spawn(move || {
+                    room.store(1, Ordering::Relaxed);
+                    gate.call_one();
+                })
+            };
+            if gate.leave(&mut leaver) && room.load(Ordering::Relaxed) == 1 {
+                gate.call_one();
+            }
+            receiver.join().unwrap();
+            assert_eq!(wakes.count(), 1);
+        });
+    }
+}

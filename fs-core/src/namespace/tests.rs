@@ -1,3 +1,0 @@
-//! The plans against models, then whole volumes under the simulator.
-
-mod plans;

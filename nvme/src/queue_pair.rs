@@ -1,0 +1,641 @@
+//! One I/O queue pair and one namespace behind [`BlockDevice`].
+//!
+//! Owns: a `Queue`, the requests on it, the DMA pool that their buffers come from, PRP list pages for every command
+//! slot, deadlines, counters.
+//!
+//! Invariants:
+//! - the I/O path (submit, ring, poll) neither allocates, locks, counts references, reads a register nor calls the system,
+//!   and reads the clock only if latencies are recorded, or every [`WATCH_POLLS`] polls;
+//! - one submission doorbell a [`ring`](BlockDevice::ring), one completion doorbell a poll round;
+//! - an error of the protocol or an overdue command fails the controller; requests then complete with that fault, but only
+//!   once the controller cannot touch their buffers any more, or with a substitute for a buffer that it may touch for ever.
+//!
+//! Excludes: retries; what the fault of a controller leads to (its [`Life`]).
+
+mod build;
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use nvme_spec::command::QueueInterrupt;
+use nvme_spec::identify::Oncs;
+use nvme_spec::{NamespaceId, QueueId, Status, StatusCode, StatusType};
+use reactor::block::{
+    BlockDevice, Completion, Durability, Geometry, IoError, LbaCount, LbaRange, OpTag, RejectReason,
+    Rejected, Request,
+};
+use reactor::clock::Instant;
+use reactor::dma::{DmaBuffer, DmaPool, DmaRegion, HeapRegion};
+
+use crate::admin::timeout_fault;
+use crate::controller::{Controller, QueueError};
+use crate::fault::{Fault, Life};
+use crate::identity::Namespace;
+use crate::ops::{Cutter, Kind, MAX_COUNT_16, Ops};
+use crate::queue::{Queue, Reaped};
+use crate::slots::MAX_SLOTS;
+use crate::stats::{Latencies, QueueCounters, add};
+use crate::transport::Listen;
+use crate::wake::Wake;
+use build::CommandBuilder;
+
+/// Polls between two looks at the clock for overdue commands.
+pub const WATCH_POLLS: u32 = 1024;
+/// Largest transfer of a command that options may ask for.
+pub const MAX_TRANSFER: usize = 64 << 20;
+/// Bytes of one Write Zeroes: controllers may take long for it and MDTS does not bound it.
+const MAX_ZEROES_BYTES: u64 = 32 << 20;
+
+/// Whether a queue's owner can sleep until the device interrupts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interrupts {
+    /// Polled only.
+    Disabled,
+    /// An interrupt vector, if the transport has one left.
+    Enabled,
+}
+
+/// Whether the time of each request is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LatencyRecording {
+    /// No clock read on the I/O path.
+    Off,
+    /// Two clock reads a request.
+    On,
+}
+
+/// What a queue pair is to be like.
+#[derive(Clone, Debug)]
+pub struct QueueOptions {
+    /// Namespace; the controller's default if `None`.
+    pub namespace: Option<NamespaceId>,
+    /// Requests at once; less if the controller allows less.
+    pub depth: u16,
+    /// Bytes of the buffer pool.
+    pub pool_bytes: usize,
+    /// Bytes of the largest command; less if the controller allows less.
+    pub max_transfer: usize,
+    /// Time that a command is given before the controller counts as failed.
+    pub command_timeout: Duration,
+    /// Interrupts.
+    pub interrupts: Interrupts,
+    /// Latencies.
+    pub latency: LatencyRecording,
+}
+
+impl Default for QueueOptions {
+    fn default() -> Self {
+        Self {
+            namespace: None,
+            depth: 256,
+            pool_bytes: 64 << 20,
+            max_transfer: 1 << 20,
+            command_timeout: Duration::from_secs(30),
+            interrupts: Interrupts::Enabled,
+            latency: LatencyRecording::Off,
+        }
+    }
+}
+
+/// When a command in flight was first seen by the watchdog.
+#[derive(Clone, Copy, Debug)]
+struct Watch {
+    sequence: u32,
+    since: Option<Instant>,
+}
+
+/// Finds overdue commands without a clock read at submit: a command's time begins when the watchdog first sees it, so
+/// it is given its timeout and at most two check intervals more.
+#[derive(Debug)]
+struct Watchdog {
+    seen: Box<[Watch]>,
+    polls_left: u32,
+    next_check: Instant,
+    timeout: Duration,
+    interval: Duration,
+}
+
+/// One I/O queue pair for one namespace, used by one thread.
+pub struct QueuePair {
+    queue: Queue,
+    ops: Ops,
+    /// First block of each command slot's command, for error messages.
+    first_lbas: Box<[u64]>,
+    /// Operations with blocks left to send, in order of submission.
+    backlog: VecDeque<u16>,
+    /// Operations that need no command.
+    done: VecDeque<u16>,
+    cutter: Cutter,
+    builder: CommandBuilder,
+    geometry: Geometry,
+    oncs: Oncs,
+    latencies: Option<Arc<Latencies>>,
+    counters: Arc<QueueCounters>,
+    watchdog: Watchdog,
+    wake: Option<(Wake, u16)>,
+    listening: bool,
+    /// The slots were emptied after the controller stopped.
+    settled: bool,
+    pool: DmaPool,
+    pool_region: Arc<dyn DmaRegion>,
+    controller: Arc<Controller>,
+}
+
+impl QueuePair {
+    pub(crate) fn create(
+        controller: &Arc<Controller>,
+        namespace: &Namespace,
+        options: &QueueOptions,
+    ) -> Result<Self, QueueError> {
+        if options.depth == 0 || options.depth > MAX_SLOTS {
+            return Err(QueueError::Option("queue depth must lie between 1 and 4096"));
+        }
+        if options.command_timeout.is_zero() {
+            return Err(QueueError::Option("the command timeout must not be zero"));
+        }
+        let info = controller.info();
+        let transport = &controller.link().transport;
+        let max_transfer = transfer_limit(controller, namespace, options)?;
+        let wake = match options.interrupts {
+            Interrupts::Enabled if transport.interrupt_vectors() > 0 => {
+                Some(Wake::new().map_err(|error| QueueError::Descriptor(error.to_string()))?)
+            }
+            _ => None,
+        };
+        let pool_region = transport.allocate(options.pool_bytes)?;
+        let mut vector = None;
+        let interrupt = |id: QueueId| {
+            let Some(wake) = wake.as_ref().filter(|_| id.get() < transport.interrupt_vectors()) else {
+                return Ok(QueueInterrupt::Disabled);
+            };
+            transport.connect_interrupt(id.get(), wake.eventfd().as_fd())?;
+            transport.listen(id.get(), Listen::Off);
+            vector = Some(id.get());
+            Ok(QueueInterrupt::Vector(id.get()))
+        };
+        let max_entries = u32::from(info.cap.mqes_z()) + 1;
+        let slots = u32::from(options.depth).min(max_entries - 1) as u16;
+        let builder = CommandBuilder::new(&**transport, namespace, info, slots, max_transfer)?;
+        let queue = controller.attach_queue(slots, interrupt, wake.as_ref().map(Wake::eventfd))?;
+        let now = controller.link().timing.now();
+        let interval = (options.command_timeout / 8).clamp(Duration::from_millis(1), Duration::from_secs(1));
+        Ok(Self {
+            ops: Ops::new(slots),
+            first_lbas: vec![0; usize::from(slots)].into(),
+            backlog: VecDeque::with_capacity(usize::from(slots)),
+            done: VecDeque::with_capacity(usize::from(slots)),
+            cutter: Cutter {
+                transfer: (max_transfer as u64) >> namespace.lba_shift,
+                boundary: u64::from(namespace.optimal_boundary),
+                zeroes: (MAX_ZEROES_BYTES >> namespace.lba_shift).clamp(1, MAX_COUNT_16),
+            },
+            builder,
+            geometry: Geometry {
+                lba_size: namespace.lba_size(),
+                lba_count: LbaCount::new(namespace.blocks),
+                preferred_transfer: max_transfer as u32,
+                volatile_write_cache: info.volatile_write_cache,
+                deallocate: info.oncs.contains(Oncs::DATASET_MANAGEMENT),
+                queue_depth: slots,
+                name: controller.name().to_owned(),
+            },
+            oncs: info.oncs,
+            latencies: (options.latency == LatencyRecording::On).then(Arc::default),
+            counters: Arc::default(),
+            watchdog: Watchdog {
+                seen: vec![Watch { sequence: 0, since: None }; usize::from(slots)].into(),
+                polls_left: WATCH_POLLS,
+                next_check: now + interval,
+                timeout: options.command_timeout,
+                interval,
+            },
+            wake: wake.zip(vector),
+            listening: false,
+            settled: false,
+            pool: DmaPool::new(Arc::clone(&pool_region)),
+            pool_region,
+            queue,
+            controller: Arc::clone(controller),
+        })
+    }
+
+    /// The queue pair's identifier on the controller.
+    pub fn id(&self) -> QueueId {
+        self.queue.id()
+    }
+
+    /// Counters, readable from any thread.
+    pub fn counters(&self) -> Arc<QueueCounters> {
+        Arc::clone(&self.counters)
+    }
+
+    /// Latencies, readable from any thread; `None` unless they are recorded.
+    pub fn latencies(&self) -> Option<Arc<Latencies>> {
+        self.latencies.clone()
+    }
+
+    /// The controller that the queue belongs to.
+    pub fn controller(&self) -> &Arc<Controller> {
+        &self.controller
+    }
+
+    fn now_if_recording(&self) -> Instant {
+        match self.latencies {
+            Some(_) => self.controller.link().timing.now(),
+            None => Instant::ZERO,
+        }
+    }
+
+    /// What a request comes to on this device: kind, first block, blocks.
+    fn plan(&self, request: &Request) -> Result<(Kind, u64, u64), IoError> {
+        match request {
+            Request::Read { lba, buffer } => {
+                Ok((Kind::Read, lba.get(), self.blocks_of(lba.get(), buffer.len())?))
+            }
+            Request::Write { lba, buffer, durability } => {
+                let kind = match durability {
+                    Durability::Durable if self.geometry.volatile_write_cache => Kind::WriteDurable,
+                    Durability::Durable | Durability::Cached => Kind::Write,
+                };
+                Ok((kind, lba.get(), self.blocks_of(lba.get(), buffer.len())?))
+            }
+            Request::Flush if self.geometry.volatile_write_cache => Ok((Kind::Flush, 0, 1)),
+            Request::Flush => Ok((Kind::Nothing, 0, 0)),
+            Request::WriteZeroes(range) => {
+                let (lba, count) = self.check_range(range)?;
+                let kind = if count == 0 {
+                    Kind::Nothing
+                } else if self.oncs.contains(Oncs::WRITE_ZEROES) {
+                    Kind::WriteZeroes
+                } else {
+                    Kind::WriteZeroPage
+                };
+                Ok((kind, lba, count))
+            }
+            Request::Deallocate(range) => {
+                let (lba, count) = self.check_range(range)?;
+                if count == 0 || !self.geometry.deallocate {
+                    return Ok((Kind::Nothing, 0, 0));
+                }
+                Ok((Kind::Deallocate, lba, count))
+            }
+        }
+    }
+
+    fn blocks_of(&self, lba: u64, bytes: usize) -> Result<u64, IoError> {
+        let lba_size = self.geometry.lba_size;
+        let blocks = bytes as u64 / u64::from(lba_size);
+        let aligned = (bytes as u64).is_multiple_of(u64::from(lba_size));
+        match lba.checked_add(blocks) {
+            Some(end) if aligned && blocks > 0 && end <= self.geometry.lba_count.get() => Ok(blocks),
+            _ => Err(IoError::InvalidRange { lba, bytes: bytes as u64, lba_size }),
+        }
+    }
+
+    fn check_range(&self, range: &LbaRange) -> Result<(u64, u64), IoError> {
+        let (lba, count) = (range.start.get(), range.count.get());
+        match lba.checked_add(count) {
+            Some(end) if end <= self.geometry.lba_count.get() => Ok((lba, count)),
+            _ => Err(IoError::InvalidRange {
+                lba,
+                bytes: count.saturating_mul(u64::from(self.geometry.lba_size)),
+                lba_size: self.geometry.lba_size,
+            }),
+        }
+    }
+
+    /// Sends as much of an operation as command slots allow; the rest goes to the backlog.
+    fn issue(&mut self, index: u16) {
+        while self.queue.slots().has_free() {
+            let op = self.ops.get(index);
+            if op.blocks_left == 0 {
+                return;
+            }
+            let blocks = self.cutter.next(op.kind, op.next_lba, op.blocks_left);
+            let slot = self.queue.slots().peek_free().expect("a free slot was just seen");
+            let entry = self.builder.build(op, blocks, slot);
+            self.first_lbas[usize::from(slot)] = op.next_lba;
+            op.blocks_left -= blocks;
+            op.next_lba += blocks;
+            op.next_offset += blocks * u64::from(self.geometry.lba_size);
+            op.outstanding += 1;
+            let (taken, _) = self.queue.push(entry, index);
+            debug_assert_eq!(taken, slot);
+            add(&self.counters.commands, 1);
+        }
+        let op = self.ops.get(index);
+        if op.blocks_left > 0 && !op.in_backlog {
+            op.in_backlog = true;
+            self.backlog.push_back(index);
+        }
+    }
+
+    /// Sends from the backlog while there are command slots. Returns an operation that ended there.
+    fn issue_backlog(&mut self) -> Option<u16> {
+        while self.queue.slots().has_free() {
+            let index = self.backlog.pop_front()?;
+            let op = self.ops.get(index);
+            op.in_backlog = false;
+            if op.is_done() {
+                return Some(index);
+            }
+            self.issue(index);
+        }
+        None
+    }
+
+    /// Accounts for a completed command. Returns its operation if that is finished.
+    fn command_completed(&mut self, reaped: Reaped) -> Option<u16> {
+        let index = reaped.command.owner;
+        let queue = self.queue.id();
+        let op = self.ops.get(index);
+        op.outstanding -= 1;
+        if !reaped.status.is_success() {
+            let lba = self.first_lbas[usize::from(reaped.command.slot)];
+            let error = io_error(op.kind, queue, lba, reaped.status);
+            op.fail(error);
+        }
+        op.is_done().then_some(index)
+    }
+
+    fn hand_out(&mut self, index: u16, sink: &mut dyn FnMut(Completion)) {
+        let op = self.ops.get(index);
+        let (kind, started) = (op.kind, op.started);
+        let (tag, result, buffer) = self.ops.release(index);
+        let bytes = buffer.as_ref().map_or(0, DmaBuffer::len) as u64;
+        match (&result, kind) {
+            (Err(_), _) => add(&self.counters.errors, 1),
+            (Ok(()), Kind::Read) => add(&self.counters.bytes_read, bytes),
+            (Ok(()), _) => add(&self.counters.bytes_written, bytes),
+        }
+        if result.is_ok() {
+            add(&self.counters.completed, 1);
+        }
+        if let Some(latencies) = &self.latencies {
+            let taken = self.controller.link().timing.now().duration_since(started);
+            latencies.class(kind.latency_class()).record(taken.as_nanos() as u64);
+        }
+        sink(Completion { tag, result, buffer });
+    }
+
+    /// One poll round of a running controller.
+    fn poll_round(&mut self, budget: usize, sink: &mut dyn FnMut(Completion)) -> usize {
+        let mut delivered = 0;
+        while delivered < budget
+            && let Some(index) = self.done.pop_front()
+        {
+            self.hand_out(index, sink);
+            delivered += 1;
+        }
+        let mut fault = None;
+        for _ in 0..budget - delivered {
+            match self.queue.poll() {
+                Ok(Some(reaped)) => {
+                    if let Some(index) = self.command_completed(reaped) {
+                        self.hand_out(index, sink);
+                        delivered += 1;
+                    }
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    fault = Some(Fault::Protocol { queue: self.queue.id(), error });
+                    break;
+                }
+            }
+        }
+        self.queue.ring_completions();
+        if let Some(fault) = fault {
+            self.controller.fail(fault);
+            return delivered;
+        }
+        if !self.backlog.is_empty() {
+            while let Some(index) = self.issue_backlog() {
+                self.done.push_back(index);
+            }
+            self.queue.ring();
+        }
+        self.counters.doorbells.store(self.queue.doorbells(), Ordering::Relaxed);
+        delivered
+    }
+
+    /// One poll round after a fault: hands everything out once the controller cannot touch it.
+    fn failed_round(&mut self, budget: usize, sink: &mut dyn FnMut(Completion)) -> usize {
+        self.controller.drive_stop();
+        let life = self.controller.life();
+        if !matches!(life, Life::Quiet | Life::Abandoned) {
+            return 0;
+        }
+        if !self.settled {
+            self.settled = true;
+            self.queue.slots_mut().release_all();
+            self.backlog.clear();
+            self.done.clear();
+        }
+        let detail = self.fault_text();
+        let mut delivered = 0;
+        while delivered < budget
+            && let Some(index) = self.ops.any_in_use()
+        {
+            let op = self.ops.get(index);
+            op.fail(IoError::DeviceFailed { detail: detail.clone() });
+            if life == Life::Abandoned {
+                op.buffer = op.buffer.take().and_then(substitute);
+            }
+            self.hand_out(index, sink);
+            delivered += 1;
+        }
+        delivered
+    }
+
+    fn fault_text(&self) -> String {
+        self.controller.fault().map_or_else(|| "unknown fault".to_owned(), ToString::to_string)
+    }
+
+    /// Looks for overdue commands, if it is time to.
+    fn watch(&mut self) {
+        self.watchdog.polls_left = WATCH_POLLS;
+        let now = self.controller.link().timing.now();
+        if now < self.watchdog.next_check {
+            return;
+        }
+        self.watchdog.next_check = now + self.watchdog.interval;
+        let mut overdue = None;
+        for (cid, command) in self.queue.slots().commands() {
+            let seen = &mut self.watchdog.seen[usize::from(command.slot)];
+            match seen.since {
+                Some(since) if seen.sequence == command.sequence => {
+                    if now.duration_since(since) >= self.watchdog.timeout {
+                        overdue = Some((cid, command));
+                    }
+                }
+                _ => *seen = Watch { sequence: command.sequence, since: Some(now) },
+            }
+        }
+        let Some((cid, command)) = overdue else { return };
+        let op = self.ops.get(command.owner);
+        op.error.get_or_insert(IoError::Timeout);
+        let opcode = build::opcode(op.kind).0;
+        // The place of abort and reset: until they exist, an overdue command ends the controller.
+        let fault =
+            timeout_fault(self.controller.link(), self.queue.id(), cid, opcode, self.watchdog.timeout);
+        self.controller.fail(fault);
+    }
+
+    fn stop_listening(&mut self) {
+        self.listening = false;
+        if let Some((_, vector)) = &self.wake {
+            self.controller.link().transport.listen(*vector, Listen::Off);
+        }
+    }
+}
+
+impl BlockDevice for QueuePair {
+    fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    fn pool(&self) -> &DmaPool {
+        &self.pool
+    }
+
+    fn submit(&mut self, tag: OpTag, request: Request) -> Result<(), Rejected> {
+        if !self.controller.link().health.is_running() {
+            let error = IoError::DeviceFailed { detail: self.fault_text() };
+            return Err(Rejected { request, reason: RejectReason::Error(error) });
+        }
+        let (kind, lba, blocks) = match self.plan(&request) {
+            Ok(plan) => plan,
+            Err(error) => return Err(Rejected { request, reason: RejectReason::Error(error) }),
+        };
+        if !self.ops.has_free() {
+            return Err(Rejected { request, reason: RejectReason::QueueFull });
+        }
+        let started = self.now_if_recording();
+        let index = self.ops.take().expect("a free operation was just seen");
+        let op = self.ops.get(index);
+        op.tag = tag;
+        op.kind = kind;
+        op.next_lba = lba;
+        op.next_offset = 0;
+        op.blocks_left = if kind == Kind::Nothing { 0 } else { blocks };
+        op.started = started;
+        op.buffer = match request {
+            Request::Read { buffer, .. } | Request::Write { buffer, .. } => Some(buffer),
+            Request::Flush | Request::WriteZeroes(_) | Request::Deallocate(_) => None,
+        };
+        add(&self.counters.requests, 1);
+        if kind == Kind::Nothing {
+            self.done.push_back(index);
+        } else {
+            self.issue(index);
+        }
+        Ok(())
+    }
+
+    fn ring(&mut self) {
+        self.queue.ring();
+    }
+
+    fn process_completions(&mut self, budget: usize, sink: &mut dyn FnMut(Completion)) -> usize {
+        if self.listening {
+            self.stop_listening();
+        }
+        if !self.controller.link().health.is_running() {
+            return self.failed_round(budget, sink);
+        }
+        self.watchdog.polls_left -= 1;
+        if self.watchdog.polls_left == 0 {
+            self.watch();
+        }
+        self.poll_round(budget, sink)
+    }
+
+    fn in_flight(&self) -> usize {
+        self.ops.in_use()
+    }
+
+    fn interrupt(&self) -> Option<BorrowedFd<'_>> {
+        self.wake.as_ref().map(|(wake, _)| wake.as_fd())
+    }
+
+    fn arm_interrupt(&mut self) -> bool {
+        if self.ops.in_use() > 0 {
+            self.watch();
+        }
+        if let Some((wake, vector)) = &self.wake {
+            wake.arm((self.ops.in_use() > 0).then_some(self.watchdog.interval));
+            self.controller.link().transport.listen(*vector, Listen::On);
+            self.listening = true;
+        }
+        // Looked at after the interrupt was let through: what arrived before is found here, what comes later interrupts.
+        let failed = !self.controller.link().health.is_running();
+        !self.done.is_empty() || self.queue.has_completion() || failed && self.ops.in_use() > 0
+    }
+}
+
+impl Drop for QueuePair {
+    fn drop(&mut self) {
+        let mut kept = self.builder.memory();
+        kept.push(Arc::clone(&self.pool_region));
+        let released = match self.controller.life() {
+            Life::Quiet => true,
+            Life::Running | Life::Stopping | Life::Abandoned => {
+                self.controller.detach_queue(&self.queue, &kept).is_ok()
+            }
+        };
+        while let Some(index) = self.ops.any_in_use() {
+            let (_, _, buffer) = self.ops.release(index);
+            if let Some(buffer) = buffer.filter(|_| !released) {
+                buffer.quarantine();
+            }
+        }
+        debug_assert!(self.ops.in_use() == 0 && self.ops.capacity() > 0);
+    }
+}
+
+/// Bytes of the largest command: what the options ask for, the controller allows, and whole blocks and pages make up.
+fn transfer_limit(
+    controller: &Controller,
+    namespace: &Namespace,
+    options: &QueueOptions,
+) -> Result<usize, QueueError> {
+    let lba_size = namespace.lba_size() as usize;
+    if !(lba_size..=MAX_TRANSFER).contains(&options.max_transfer) {
+        return Err(QueueError::Option("the largest transfer must lie between one block and 64 MiB"));
+    }
+    let device = controller.info().max_transfer.unwrap_or(u64::MAX);
+    let by_count = MAX_COUNT_16 << namespace.lba_shift;
+    let limit = (options.max_transfer as u64).min(device).min(by_count) as usize;
+    // Checked with the namespace: the device's limit is at least a block.
+    Ok(limit / lba_size * lba_size)
+}
+
+fn io_error(kind: Kind, queue: QueueId, lba: u64, status: Status) -> IoError {
+    let detail = format!("{} at block {lba} on queue {queue}: {status}", build::opcode(kind));
+    let code = status.code();
+    let of_medium = code.status_type() == StatusType::MEDIA && code != StatusCode::COMPARE_FAILURE;
+    if of_medium { IoError::Medium { lba, detail } } else { IoError::Command { detail } }
+}
+
+/// A buffer that the device cannot reach, with the contents of one that it may write to for ever, which is never reused.
+fn substitute(buffer: DmaBuffer) -> Option<DmaBuffer> {
+    let copied = HeapRegion::new(buffer.len().next_power_of_two().max(4096))
+        .ok()
+        .and_then(|region| DmaPool::new(region).try_alloc(buffer.len()));
+    let copied = copied.map(|mut copy| {
+        let mut chunk = [0; 4096];
+        let mut at = 0;
+        while at < buffer.len() {
+            let n = chunk.len().min(buffer.len() - at);
+            buffer.read_at(at, &mut chunk[..n]);
+            copy.write_at(at, &chunk[..n]);
+            at += n;
+        }
+        copy
+    });
+    buffer.quarantine();
+    copied
+}

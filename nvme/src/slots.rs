@@ -1,0 +1,178 @@
+//! Command slots: which commands of a queue are in flight, found from a completion's command identifier by indexing.
+//!
+//! A command identifier is `generation << index_bits | index`. The generation changes each time a slot is reused, so
+//! that a late or forged completion of an earlier command does not pass for the present one.
+//!
+//! Invariants:
+//! - a slot is free or in flight; a free slot's identifier is [`FREE`], which no command ever carries (NVMe 1.4 §5.14.1.1
+//!   reserves 0xffff in the error log);
+//! - taking and releasing allocate nothing.
+//!
+//! Excludes: what a command was for. `owner` is the caller's.
+
+use nvme_spec::CommandId;
+
+/// Most commands in flight on one queue: leaves four bits of every identifier to the generation.
+pub(crate) const MAX_SLOTS: u16 = 1 << 12;
+
+const FREE: u16 = u16::MAX;
+
+/// What a completion is checked against: eight bytes, so that a cache line holds eight commands.
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    cid: u16,
+    owner: u16,
+    sequence: u32,
+}
+
+/// A slot taken out of service by its completion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Command {
+    /// The slot's index.
+    pub(crate) slot: u16,
+    /// What was given to [`CommandSlots::take`].
+    pub(crate) owner: u16,
+    /// Place in the order of submission.
+    pub(crate) sequence: u32,
+}
+
+/// Why a command identifier does not name a command in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BadCid {
+    /// Its index is beyond the last slot.
+    OutOfRange,
+    /// Nothing is in flight in its slot.
+    NotInFlight,
+    /// Its slot is in use by a later command.
+    Stale,
+}
+
+/// The slots of one queue.
+#[derive(Debug)]
+pub(crate) struct CommandSlots {
+    slots: Box<[Slot]>,
+    generations: Box<[u16]>,
+    free: Vec<u16>,
+    index_bits: u32,
+}
+
+impl CommandSlots {
+    /// `count` free slots, between 1 and [`MAX_SLOTS`].
+    pub(crate) fn new(count: u16) -> Self {
+        assert!((1..=MAX_SLOTS).contains(&count), "{count} command slots");
+        let empty = Slot { cid: FREE, owner: 0, sequence: 0 };
+        Self {
+            slots: vec![empty; usize::from(count)].into(),
+            generations: vec![0; usize::from(count)].into(),
+            free: (0..count).rev().collect(),
+            index_bits: u32::from(count).next_power_of_two().trailing_zeros(),
+        }
+    }
+
+    pub(crate) fn has_free(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// The slot that [`take`](Self::take) would give.
+    pub(crate) fn peek_free(&self) -> Option<u16> {
+        self.free.last().copied()
+    }
+
+    /// Takes a free slot for a command that goes out as the `sequence`th of its queue.
+    pub(crate) fn take(&mut self, owner: u16, sequence: u32) -> Option<(u16, CommandId)> {
+        let slot = self.free.pop()?;
+        let generation = &mut self.generations[usize::from(slot)];
+        // The last generation is left out: with an index of all ones it would make FREE.
+        *generation =
+            if u32::from(*generation) + 2 >= 1 << (16 - self.index_bits) { 0 } else { *generation + 1 };
+        let cid = *generation << self.index_bits | slot;
+        self.slots[usize::from(slot)] = Slot { cid, owner, sequence };
+        Some((slot, CommandId::new(cid)))
+    }
+
+    /// The command in flight under this identifier.
+    pub(crate) fn find(&self, cid: CommandId) -> Result<Command, BadCid> {
+        let slot = cid.get() & ((1u32 << self.index_bits) - 1) as u16;
+        let found = self.slots.get(usize::from(slot)).ok_or(BadCid::OutOfRange)?;
+        if found.cid == FREE {
+            return Err(BadCid::NotInFlight);
+        }
+        if found.cid != cid.get() {
+            return Err(BadCid::Stale);
+        }
+        Ok(Command { slot, owner: found.owner, sequence: found.sequence })
+    }
+
+    /// Frees a slot that is in flight.
+    pub(crate) fn release(&mut self, slot: u16) {
+        let found = &mut self.slots[usize::from(slot)];
+        assert_ne!(found.cid, FREE, "slot {slot} released twice");
+        found.cid = FREE;
+        self.free.push(slot);
+    }
+
+    /// Frees everything: the device was reset.
+    pub(crate) fn release_all(&mut self) {
+        for slot in 0..self.slots.len() as u16 {
+            if self.slots[usize::from(slot)].cid != FREE {
+                self.release(slot);
+            }
+        }
+    }
+
+    /// Every command in flight, with its identifier.
+    pub(crate) fn commands(&self) -> impl Iterator<Item = (CommandId, Command)> + '_ {
+        self.slots.iter().enumerate().filter(|(_, slot)| slot.cid != FREE).map(|(index, slot)| {
+            let command = Command { slot: index as u16, owner: slot.owner, sequence: slot.sequence };
+            (CommandId::new(slot.cid), command)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reused_slot_has_another_identifier() {
+        let mut slots = CommandSlots::new(3);
+        let (slot, first) = slots.take(7, 0).unwrap();
+        assert_eq!(slots.find(first), Ok(Command { slot, owner: 7, sequence: 0 }));
+        slots.release(slot);
+        assert_eq!(slots.find(first), Err(BadCid::NotInFlight));
+        let (again, second) = slots.take(8, 1).unwrap();
+        assert_eq!(again, slot);
+        assert_eq!(slots.find(first), Err(BadCid::Stale));
+        assert!(slots.find(second).is_ok());
+        assert_eq!(slots.find(CommandId::new(3)), Err(BadCid::OutOfRange));
+    }
+
+    #[test]
+    fn no_identifier_is_ever_the_free_mark_and_generations_last() {
+        for count in [1, 2, 255, 256, 4096] {
+            let mut slots = CommandSlots::new(count);
+            for round in 0..70_000u32 / u32::from(count) + 20 {
+                let taken: Vec<_> = (0..count).map(|_| slots.take(0, round).unwrap()).collect();
+                assert!(slots.take(0, 0).is_none());
+                for (slot, cid) in taken {
+                    assert_ne!(cid.get(), FREE);
+                    assert_eq!(slots.find(cid).unwrap().slot, slot);
+                    slots.release(slot);
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "released twice")]
+    fn releasing_twice_is_our_own_error() {
+        let mut slots = CommandSlots::new(1);
+        let (slot, _) = slots.take(0, 0).unwrap();
+        slots.release(slot);
+        slots.release(slot);
+    }
+}

@@ -65,6 +65,7 @@ pub(crate) struct Batch<'tree> {
     tree: &'tree Tree,
     context: BatchContext,
     changes: BTreeMap<Key, Option<Vec<u8>>>,
+    committed: Vec<(BlockNr, BlockCount)>,
     freed: Vec<(BlockNr, BlockCount)>,
 }
 
@@ -73,6 +74,8 @@ pub(crate) struct Batch<'tree> {
 pub(crate) struct Changes {
     /// Items to put (`Some`) or to delete (`None`), in key order.
     pub(crate) items: BTreeMap<Key, Option<Vec<u8>>>,
+    /// Data blocks that were allocated and are referenced from now on.
+    pub(crate) committed: Vec<(BlockNr, BlockCount)>,
     /// Data blocks that nothing references any more.
     pub(crate) freed: Vec<(BlockNr, BlockCount)>,
 }
@@ -80,7 +83,7 @@ pub(crate) struct Changes {
 impl<'tree> Batch<'tree> {
     /// An empty batch over `tree`.
     pub(crate) fn new(tree: &'tree Tree, context: BatchContext) -> Self {
-        Self { tree, context, changes: BTreeMap::new(), freed: Vec::new() }
+        Self { tree, context, changes: BTreeMap::new(), committed: Vec::new(), freed: Vec::new() }
     }
 
     /// Time of the transaction.
@@ -168,6 +171,11 @@ impl<'tree> Batch<'tree> {
         self.changes.insert(key, None);
     }
 
+    /// Declares that blocks which [`crate::alloc::Allocator::allocate_data`] gave are referenced from now on.
+    pub(crate) fn commit_blocks(&mut self, start: BlockNr, count: BlockCount) {
+        self.committed.push((start, count));
+    }
+
     /// Gives data blocks back: they become free when no retained superblock generation needs them.
     pub(crate) fn free_blocks(&mut self, start: BlockNr, count: BlockCount) {
         self.freed.push((start, count));
@@ -175,6 +183,6 @@ impl<'tree> Batch<'tree> {
 
     /// Ends the plan.
     pub(crate) fn finish(self) -> Changes {
-        Changes { items: self.changes, freed: self.freed }
+        Changes { items: self.changes, committed: self.committed, freed: self.freed }
     }
 }

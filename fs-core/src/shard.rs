@@ -30,10 +30,11 @@ use crate::alloc::{Allocator, SpaceCounter};
 use crate::data::{DataState, FileData};
 use crate::disk::VolumeDisk;
 use crate::error::FsError;
-use crate::locks::{RangeLock, RwLock};
+use crate::locks::{InodeClass, MmapClass, RangeLock, WholeLock};
 use crate::namespace::NamespaceState;
-use crate::tree::{NODE_BLOCKS, NodeImage, Tree, TreeRoot};
-use crate::types::{BlockNr, Epoch, InodeNr, ShardId};
+use crate::format::node::zeroed_image;
+use crate::tree::{NODE_BLOCKS, NodeImage, Tree, TreeIdentity, TreeRoot};
+use crate::types::{BlockCount, BlockNr, Epoch, InodeNr, ShardId};
 use crate::volume::{ShardReport, ShardShared, VolumeShared};
 
 use self::epoch::EpochGate;
@@ -60,9 +61,9 @@ pub(crate) struct Inode {
     /// Number.
     pub(crate) nr: InodeNr,
     /// Excludes changes of the inode's attributes, names and size (the VFS's `i_rwsem`).
-    pub(crate) lock: RwLock,
+    pub(crate) lock: WholeLock<InodeClass>,
     /// Excludes stores through mappings.
-    pub(crate) mmap_lock: RwLock,
+    pub(crate) mmap_lock: WholeLock<MmapClass>,
     /// Byte ranges being read, written back or replaced.
     pub(crate) ranges: RangeLock,
     /// Contents in memory.
@@ -99,6 +100,7 @@ pub(crate) struct ShardParts {
     pub(crate) id: ShardId,
     pub(crate) disk: VolumeDisk,
     pub(crate) volume: Arc<VolumeShared>,
+    pub(crate) identity: TreeIdentity,
     pub(crate) root: TreeRoot,
     pub(crate) alloc: Allocator,
     pub(crate) epoch: Epoch,
@@ -119,7 +121,7 @@ impl Shard {
             ctx,
             disk: parts.disk,
             counter,
-            tree: RefCell::new(Tree::open(parts.root)),
+            tree: RefCell::new(Tree::open(parts.identity, parts.root)),
             alloc: RefCell::new(parts.alloc),
             epochs: EpochGate::new(parts.epoch),
             data,
@@ -138,7 +140,7 @@ impl Shard {
     }
 
     /// Serves front ends until the mailbox closes.
-    pub(crate) async fn serve_requests(self: Rc<Self>, mailbox: Receiver<RequestMessage>) {
+    pub(crate) async fn serve_requests(self: Rc<Self>, mut mailbox: Receiver<RequestMessage>) {
         while let Some(RequestMessage::Serve(request, reply)) = mailbox.recv().await {
             while self.running.get() >= MAX_RUNNING_REQUESTS {
                 self.slot_freed.wait().await;
@@ -161,11 +163,22 @@ impl Shard {
     }
 
     /// Serves the other shards and the coordinator until the mailbox closes.
-    pub(crate) async fn serve_peers(self: Rc<Self>, mailbox: Receiver<PeerMessage>) {
+    pub(crate) async fn serve_peers(self: Rc<Self>, mut mailbox: Receiver<PeerMessage>) {
         while let Some(PeerMessage { call, reply }) = mailbox.recv().await {
             let stop = matches!(call, PeerCall::Stop);
+            // What gives something back needs no task, so that it cannot fail for want of one.
+            let call = match call {
+                PeerCall::Namespace(call) => match self.answer_namespace_now(call) {
+                    Ok(answer) => {
+                        let _abandoned = reply.send(answer.map(PeerReply::Namespace));
+                        continue;
+                    }
+                    Err(call) => PeerCall::Namespace(call),
+                },
+                call => call,
+            };
             let shard = Rc::clone(&self);
-            let task = async move { reply.send(shard.answer(call).await) };
+            let task = async move { drop(reply.send(shard.answer(call).await)) };
             if let Err(error) = self.ctx.spawn(task) {
                 tracing::error!(shard = %self.id, %error, "call of a peer dropped");
             }
@@ -179,7 +192,7 @@ impl Shard {
         match call {
             PeerCall::Checkpoint(epoch) => Ok(PeerReply::Frozen(self.checkpoint(epoch).await?)),
             PeerCall::Durable(epoch) => {
-                self.epoch_is_durable(epoch);
+                self.epoch_is_durable(epoch).await;
                 Ok(PeerReply::Done)
             }
             PeerCall::FlushData => {
@@ -208,9 +221,9 @@ impl Shard {
         let entry = table.entry(inode).or_insert_with(|| {
             Rc::new(Inode {
                 nr: inode,
-                lock: RwLock::new(),
-                mmap_lock: RwLock::new(),
-                ranges: RangeLock::new(),
+                lock: WholeLock::new(inode),
+                mmap_lock: WholeLock::new(inode),
+                ranges: RangeLock::new(inode),
                 data: RefCell::default(),
                 lookups: Cell::new(0),
             })
@@ -243,13 +256,15 @@ impl Shard {
     pub(crate) fn new_inode_number(&self) -> InodeNr {
         let sequence = self.next_inode.get();
         self.next_inode.set(sequence + 1);
-        InodeNr::from_parts(self.id, sequence)
+        InodeNr::from_parts(self.id, sequence).expect("2⁵⁸ inodes are not made")
     }
 
     /// Reads one tree node; its contents are not verified here.
-    pub(crate) async fn read_node(&self, address: BlockNr) -> Result<NodeImage, FsError> {
-        let bytes = self.disk.read(address, NODE_BLOCKS).await?;
-        Ok(NodeImage::from_bytes(&bytes).expect("a read returns what was asked for"))
+    pub(crate) async fn read_node(&self, address: BlockNr) -> Result<Box<NodeImage>, FsError> {
+        let bytes = self.disk.read(address, BlockCount::new(NODE_BLOCKS)).await?;
+        let mut image = zeroed_image();
+        image.copy_from_slice(&bytes);
+        Ok(image)
     }
 
     /// Drops tree nodes from memory while that is allowed and needed.
@@ -259,7 +274,8 @@ impl Shard {
         }
         let tree = self.tree.borrow();
         if tree.resident_bytes() > self.tree_memory_limit {
-            tree.evict(self.tree_memory_limit / 8 * 7);
+            // One bounded round; the next load goes on where it ends.
+            let _outcome = tree.evict(self.tree_memory_limit / 8 * 7);
         }
     }
 

@@ -19,7 +19,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::alloc::SpaceCounter;
-use crate::data::{DataReport, DelallocShared, WriteEntry};
+use crate::data::{DataReport, DelallocShared, WriteParts};
 use crate::error::FsError;
 use crate::request::{KillPrivileges, Reply, Request, SpaceReport, SyncScope, WriteSource};
 use crate::shard::message::{PeerCall, PeerMessage, PeerReply, RequestMessage};
@@ -70,7 +70,7 @@ pub(crate) struct VolumeShared {
 impl VolumeShared {
     /// The shared part of `shard`.
     pub(crate) fn shard(&self, shard: ShardId) -> &ShardShared {
-        &self.shards[usize::from(shard.get())]
+        &self.shards[shard.index()]
     }
 
     /// Every shard's number.
@@ -141,6 +141,11 @@ impl VolumeShared {
     pub(crate) fn note_damage(&self, shard: ShardId, what: &str) {
         self.damage.fetch_add(1, Ordering::Relaxed);
         tracing::error!(%shard, what, "damage found");
+    }
+
+    /// Keeps a warning for the reports.
+    fn note_warning(&self, warning: String) {
+        self.warnings.lock().unwrap_or_else(PoisonError::into_inner).push(warning);
     }
 
     fn note_checkpoint(&self, took: Duration) {
@@ -228,7 +233,7 @@ impl Volume {
     pub async fn call(&self, request: Request) -> Result<Reply, FsError> {
         let shard = self.route(&request)?;
         let (sender, result) = oneshot();
-        let message = RequestMessage::Serve(request, Box::new(move |outcome| sender.send(outcome)));
+        let message = RequestMessage::Serve(request, Box::new(move |outcome| drop(sender.send(outcome))));
         self.shared.shard(shard).requests.send(message).await.map_err(|_| FsError::ShuttingDown)?;
         result.await.map_err(|_| FsError::ShuttingDown)?
     }
@@ -239,7 +244,7 @@ impl Volume {
     /// The operation's.
     pub fn call_blocking(&self, request: Request) -> Result<Reply, FsError> {
         let (sender, result) = oneshot();
-        self.submit(request, move |outcome| sender.send(outcome));
+        self.submit(request, move |outcome| drop(sender.send(outcome)));
         result.recv_blocking().map_err(|_| FsError::ShuttingDown)?
     }
 
@@ -252,7 +257,7 @@ impl Volume {
         source: WriteSource,
         kill_privileges: KillPrivileges,
     ) -> WriteOutcome {
-        let Some(shard) = self.shared.shards.get(usize::from(inode.shard().get())) else {
+        let Some(shard) = self.shared.shards.get(inode.shard().index()) else {
             return WriteOutcome::Failed(FsError::NotFound);
         };
         if let Err(error) = self.shared.check_writable() {
@@ -261,14 +266,17 @@ impl Volume {
         if self.shared.is_stopping() {
             return WriteOutcome::Failed(FsError::ShuttingDown);
         }
-        match WriteEntry::reserve(shard, inode, offset, data, source, kill_privileges) {
-            Ok(Some(entry)) => match shard.delalloc.accept(entry) {
-                Ok(written) => WriteOutcome::Accepted(written),
-                Err(_full) => WriteOutcome::Slow,
-            },
-            Ok(None) => WriteOutcome::Slow,
-            Err(error) => WriteOutcome::Failed(error),
+        let parts = WriteParts { inode, offset, data, source, kill_privileges };
+        if let Err(error) = parts.check() {
+            return WriteOutcome::Failed(error);
         }
+        if data.is_empty() {
+            return WriteOutcome::Accepted(0);
+        }
+        let Ok((charge, space)) = parts.try_reserve(shard.delalloc.budget(), &shard.counter) else {
+            return WriteOutcome::Slow;
+        };
+        shard.delalloc.accept(parts.into_entry(charge, space)).map_or(WriteOutcome::Slow, WriteOutcome::Accepted)
     }
 
     /// Writes everything, makes it durable and ends the shards. Requests sent meanwhile fail with
@@ -299,7 +307,7 @@ impl Volume {
         let volume = self.clone();
         let reactor = self.shared.shards[0].reactor.clone();
         let started = reactor.spawn_with(move |ctx: Context| {
-            let task = async move { sender.send(volume.unmount().await) };
+            let task = async move { drop(sender.send(volume.unmount().await)) };
             if let Err(error) = ctx.spawn(task) {
                 tracing::error!(%error, "unmount could not start");
             }
@@ -360,7 +368,7 @@ impl Volume {
         if self.shared.is_stopping() {
             return Err(FsError::ShuttingDown);
         }
-        if usize::from(shard.get()) >= self.shared.shard_count() {
+        if shard.index() >= self.shared.shard_count() {
             return Err(FsError::NotFound);
         }
         Ok(shard)

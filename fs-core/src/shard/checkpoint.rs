@@ -14,12 +14,18 @@ use reactor::block::Durability;
 
 use crate::error::FsError;
 use crate::tree::TreeRoot;
-use crate::types::{BlockNr, Epoch};
+use crate::types::{BlockCount, BlockNr, Epoch};
 
 use super::Shard;
 
 /// Node and bitmap writes that a checkpoint keeps in flight on a shard.
 const CHECKPOINT_WRITES: usize = 32;
+
+/// Shorter stretches of freed blocks are not worth a command.
+const MIN_DEALLOCATION: BlockCount = BlockCount::new(16);
+
+/// Deallocations after one checkpoint; the rest of what was freed is not told to the device.
+const MAX_DEALLOCATIONS: usize = 1024;
 
 /// What the superblock records of a shard.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +36,8 @@ pub(crate) struct ShardRoot {
     pub(crate) next_inode: u64,
     /// Inodes of the shard.
     pub(crate) inodes: u64,
+    /// What the epoch's bitmaps add to the digest of all groups.
+    pub(crate) digest_delta: u64,
 }
 
 type Writes = FuturesUnordered<Pin<Box<dyn Future<Output = Result<(), FsError>>>>>;
@@ -38,13 +46,13 @@ impl Shard {
     /// Freezes `epoch` and writes what it changed; the writes are completed, not yet flushed, on return.
     pub(crate) async fn checkpoint(&self, epoch: Epoch) -> Result<ShardRoot, FsError> {
         let frozen = self.take_frozen(epoch).await;
-        let _writing = self.forbid_eviction();
         let mut writes = Writes::new();
-        for group in frozen.groups {
+        let digest_delta = frozen.groups.digest_delta;
+        for group in frozen.groups.images {
             self.queue_write(&mut writes, group.block, group.bytes).await?;
         }
         let mut tree = self.last_root.get();
-        if let Some(frozen_tree) = frozen.tree {
+        if let Some(frozen_tree) = &frozen.tree {
             for node in frozen_tree.dirty_nodes() {
                 let (address, image) = node.seal();
                 self.queue_write(&mut writes, address, image.to_vec()).await?;
@@ -54,12 +62,25 @@ impl Shard {
         while let Some(written) = writes.next().await {
             written?;
         }
+        if let Some(frozen_tree) = &frozen.tree {
+            frozen_tree.mark_written();
+        }
         self.last_root.set(tree);
         Ok(ShardRoot { tree, next_inode: frozen.next_inode, inodes: frozen.inodes })
     }
 
     /// Notes that `epoch` is durable: what was freed before it may be used again.
-    pub(crate) fn epoch_is_durable(&self, epoch: Epoch) {
+    /// The longer stretches of it are first deallocated on the device.
+    pub(crate) async fn epoch_is_durable(&self, epoch: Epoch) {
+        let mut freed = self.alloc.borrow().releasable(epoch);
+        freed.sort_unstable();
+        for (start, count) in joined(freed).filter(|(_, count)| *count >= MIN_DEALLOCATION).take(MAX_DEALLOCATIONS) {
+            if let Err(error) = self.disk.deallocate(start, count).await {
+                // Only a hint to the device: without it the blocks are free all the same.
+                tracing::warn!(shard = %self.id, %error, "deallocation failed");
+                break;
+            }
+        }
         self.alloc.borrow_mut().durable(epoch);
     }
 
@@ -74,4 +95,16 @@ impl Shard {
         writes.push(Box::pin(async move { disk.write(block, &bytes, Durability::Cached).await }));
         Ok(())
     }
+}
+
+/// Joins runs that touch each other; they come sorted.
+fn joined(runs: Vec<(BlockNr, BlockCount)>) -> impl Iterator<Item = (BlockNr, BlockCount)> {
+    let mut runs = runs.into_iter().peekable();
+    std::iter::from_fn(move || {
+        let (start, mut count) = runs.next()?;
+        while let Some((_, more)) = runs.next_if(|(next, _)| start.checked_add(count) == Some(*next)) {
+            count = count.checked_add(more)?;
+        }
+        Some((start, count))
+    })
 }

@@ -18,7 +18,7 @@
 
 use std::cell::{Cell, RefCell};
 
-use crate::alloc::GroupImage;
+use crate::alloc::FrozenGroups;
 use crate::tree::FrozenTree;
 use crate::types::Epoch;
 
@@ -32,7 +32,7 @@ pub(crate) struct Frozen {
     /// The tree; `None` if the epoch changed nothing.
     pub(crate) tree: Option<FrozenTree>,
     /// Bitmaps of the groups that changed.
-    pub(crate) groups: Vec<GroupImage>,
+    pub(crate) groups: FrozenGroups,
     /// Sequence number of the next new inode.
     pub(crate) next_inode: u64,
     /// Inodes of the shard.
@@ -162,7 +162,8 @@ impl Shard {
         };
         let previous = self.epochs.frozen.borrow_mut().replace(frozen);
         assert!(previous.is_none(), "an epoch closes only after the one before it is durable");
-        self.epochs.current.set(epoch.next());
+        let next = epoch.next().expect("2⁶⁴ epochs do not pass");
+        self.epochs.current.set(next);
         self.epochs.moved.notify();
     }
 }

@@ -6,17 +6,14 @@
 //! Order of resources: space first, then the epoch; nothing is awaited between entering the epoch and the end of the
 //! commit. See [`crate::batch`] for what a plan may do.
 
-use crate::alloc::{Priority, Reservation};
+use crate::alloc::{FreeError, Priority, Reservation};
 use crate::batch::{Batch, BatchContext, Changes, Interrupt, Plan};
 use crate::error::FsError;
-use crate::tree::{Missing, NodeSpace};
+use crate::tree::{Missing, NodeSpace, max_nodes_per_change};
 use crate::types::{BlockNr, Epoch};
 
 use super::Shard;
 use super::message::{PeerCall, PeerReply};
-
-/// Nodes that one item change may copy or make: its path and, for each level, one split.
-const NODES_PER_LEVEL: u64 = 2;
 
 /// Checkpoints that the search for space may cost: what an epoch frees is reusable when the next is durable.
 const RECLAIM_CHECKPOINTS: u32 = 2;
@@ -52,16 +49,22 @@ impl NodeSpace for TransactionSpace<'_> {
         self.shard.alloc.borrow_mut().allocate_node(self.reservation)
     }
 
-    fn free_node(&mut self, addr: BlockNr) {
-        self.shard.alloc.borrow_mut().free_node(addr);
+    fn free_node(&mut self, address: BlockNr) {
+        let freed = self.shard.alloc.borrow_mut().free_node(address);
+        self.shard.expect_freed(freed);
+    }
+
+    fn discard_node(&mut self, address: BlockNr) {
+        self.shard.alloc.borrow_mut().discard_node(address);
     }
 }
 
 impl Shard {
     /// Tree nodes to reserve for `items` changed items.
     pub(crate) fn nodes_for(&self, items: u32) -> u64 {
-        let height = u64::from(self.tree.borrow().height()) + 1;
-        u64::from(items) * height * NODES_PER_LEVEL
+        // The tree may have grown by a level when the transaction comes to its commit.
+        let height = self.tree.borrow().height().saturating_add(1);
+        u64::from(items) * max_nodes_per_change(height)
     }
 
     /// Runs `plan` and commits what it gathered, atomically.
@@ -83,21 +86,19 @@ impl Shard {
         reservation: &mut Reservation,
         mut plan: impl FnMut(&mut Batch<'_>) -> Plan<T>,
     ) -> Result<T, FsError> {
-        let mut loader = Loader::default();
         loop {
             self.volume.check_writable()?;
             let epoch = self.enter_epoch().await;
             match self.try_commit(epoch, reservation, &mut plan) {
                 Ok(value) => return Ok(value),
                 Err(Interrupt::Failed(error)) => return Err(error),
-                Err(Interrupt::Missing(missing)) => loader.load(self, missing).await?,
+                Err(Interrupt::Missing(missing)) => self.load(missing).await?,
             }
         }
     }
 
     /// Runs `plan` without committing anything.
     pub(crate) async fn view<T>(&self, mut plan: impl FnMut(&Batch<'_>) -> Plan<T>) -> Result<T, FsError> {
-        let mut loader = Loader::default();
         loop {
             let outcome = {
                 let tree = self.tree.borrow();
@@ -107,7 +108,7 @@ impl Shard {
             match outcome {
                 Ok(value) => return Ok(value),
                 Err(Interrupt::Failed(error)) => return Err(error),
-                Err(Interrupt::Missing(missing)) => loader.load(self, missing).await?,
+                Err(Interrupt::Missing(missing)) => self.load(missing).await?,
             }
         }
     }
@@ -115,7 +116,6 @@ impl Shard {
     /// Runs `plan` and loads what it misses, but commits nothing: afterwards, and as long as no node is evicted, the
     /// same plan commits without a miss.
     pub(crate) async fn rehearse<T>(&self, mut plan: impl FnMut(&mut Batch<'_>) -> Plan<T>) -> Result<T, FsError> {
-        let mut loader = Loader::default();
         loop {
             let outcome = {
                 let tree = self.tree.borrow();
@@ -130,7 +130,7 @@ impl Shard {
             match outcome {
                 Ok(value) => return Ok(value),
                 Err(Interrupt::Failed(error)) => return Err(error),
-                Err(Interrupt::Missing(missing)) => loader.load(self, missing).await?,
+                Err(Interrupt::Missing(missing)) => self.load(missing).await?,
             }
         }
     }
@@ -158,29 +158,30 @@ impl Shard {
     }
 
     fn apply(&self, epoch: Epoch, reservation: &mut Reservation, changes: Changes) {
-        if changes.items.is_empty() && changes.freed.is_empty() {
+        if changes.items.is_empty() {
             return;
         }
         let mut space = TransactionSpace { shard: self, reservation };
-        let mut tree = self.tree.borrow_mut();
-        for (key, value) in changes.items {
-            match value {
-                Some(value) => {
-                    tree.insert(key, &value, epoch, &mut space).expect("every key was touched just before");
-                }
-                None => {
-                    tree.remove(&key, epoch, &mut space).expect("every key was touched just before");
-                }
-            }
+        let items = changes.items.iter().map(|(key, value)| (key, value.as_deref()));
+        let applied = self.tree.borrow_mut().apply(items, epoch, &mut space);
+        applied.expect("every key was touched just before");
+        for (start, count) in changes.committed {
+            self.alloc.borrow_mut().commit_data(start, count);
         }
-        drop(tree);
-        let mut alloc = self.alloc.borrow_mut();
         for (start, count) in changes.freed {
-            alloc.free(start, count);
+            let freed = self.alloc.borrow_mut().free(start, count);
+            self.expect_freed(freed);
         }
-        drop(alloc);
         self.epochs.mark_changed();
         self.volume.note_commit(self.id, epoch);
+    }
+
+    /// Blocks that cannot be freed mean that something names blocks which are not its own.
+    fn expect_freed(&self, freed: Result<(), FreeError>) {
+        if let Err(error) = freed {
+            self.volume.note_damage(self.id, &error.to_string());
+            self.volume.fail(&format!("damaged metadata on shard {}: {error}", self.id));
+        }
     }
 
     fn batch_context(&self, epoch: Epoch) -> BatchContext {
@@ -224,30 +225,17 @@ impl Shard {
         }
         Ok(false)
     }
-}
 
-/// Loads nodes for a plan, and tells damage from a race.
-#[derive(Default)]
-struct Loader {
-    failed: Option<BlockNr>,
-}
-
-impl Loader {
-    /// Brings one node into memory. A node that does not verify is an error only if it is still wanted afterwards:
-    /// while it was being read the tree may have moved on, and its blocks may have a new owner.
-    async fn load(&mut self, shard: &Shard, missing: Missing) -> Result<(), FsError> {
+    /// Brings a node that a plan misses into memory.
+    pub(crate) async fn load(&self, missing: Missing) -> Result<(), FsError> {
         let address = missing.address();
-        let image = shard.read_node(address).await?;
-        let supplied = shard.tree.borrow().supply(missing, image);
-        match supplied {
-            Ok(()) => self.failed = None,
-            Err(error) if self.failed == Some(address) => {
-                shard.volume.note_damage(shard.id, &error.to_string());
-                return Err(FsError::Damaged { what: error.to_string(), block: Some(address), inode: None });
-            }
-            Err(_) => self.failed = Some(address),
-        }
-        shard.relieve_tree_memory();
+        let image = self.read_node(address).await?;
+        let supplied = self.tree.borrow().supply(missing, image);
+        supplied.map_err(|error| {
+            self.volume.note_damage(self.id, &error.to_string());
+            FsError::Damaged { what: error.to_string(), block: Some(address), inode: None }
+        })?;
+        self.relieve_tree_memory();
         Ok(())
     }
 }

@@ -25,7 +25,8 @@ use crate::disk::VolumeDisk;
 use crate::error::FsError;
 use crate::shard::checkpoint::ShardRoot;
 use crate::shard::message::{PeerCall, PeerReply};
-use crate::superblock::{self, Superblock};
+use crate::format::superblock::Superblock;
+use crate::superblock;
 use crate::types::{Epoch, ShardId};
 
 use super::VolumeShared;
@@ -51,7 +52,7 @@ pub(super) struct Coordinator {
 
 impl Coordinator {
     /// Serves checkpoint requests until told to stop.
-    pub(super) async fn run(mut self, mailbox: Receiver<CoordinatorMessage>) {
+    pub(super) async fn run(mut self, mut mailbox: Receiver<CoordinatorMessage>) {
         loop {
             let mut waiting = Vec::new();
             let mut stop = false;
@@ -68,7 +69,8 @@ impl Coordinator {
             }
             let result = self.checkpoint_if_needed().await;
             for reply in waiting {
-                reply.send(result.clone());
+                // Whoever has stopped waiting needs no answer.
+                let _abandoned = reply.send(result.clone());
             }
             if stop {
                 return;
@@ -94,7 +96,7 @@ impl Coordinator {
         let epoch = self.volume.close_epoch();
         let roots = self.all_shards(|_| PeerCall::Checkpoint(epoch)).await?;
         let mut next = self.superblock.clone();
-        next.generation = next.generation.next();
+        next.generation = next.generation.next().expect("2⁶⁴ superblocks are not written");
         next.epoch = epoch;
         for (shard, reply) in roots {
             let PeerReply::Frozen(root) = reply else {
@@ -103,7 +105,11 @@ impl Coordinator {
             set_root(&mut next, shard, root);
         }
         self.disk.flush().await?;
-        superblock::write(&self.disk, &next).await?;
+        let written = superblock::write(&self.disk, &next).await;
+        if let Some(warning) = written.map_err(|error| FsError::Io(error.to_string()))? {
+            tracing::warn!(%warning);
+            self.volume.note_warning(warning.to_string());
+        }
         self.superblock = next;
         self.volume.set_durable(epoch);
         self.all_shards(|_| PeerCall::Durable(epoch)).await?;
@@ -129,10 +135,11 @@ pub(crate) async fn call_all(
 
 /// Records a shard's root in a superblock.
 pub(super) fn set_root(superblock: &mut Superblock, shard: ShardId, root: ShardRoot) {
-    let slot = &mut superblock.shards[usize::from(shard.get())];
+    let slot = &mut superblock.shards[shard.index()];
     slot.tree = root.tree;
     slot.next_inode = root.next_inode;
     slot.inodes = root.inodes;
+    superblock.group_digest = superblock.group_digest.wrapping_add(root.digest_delta);
 }
 
 /// Writes dirty data and checkpoints at every commit interval, so that nothing older is lost even without fsync.
@@ -150,5 +157,5 @@ pub(super) async fn keep_commit_interval(ctx: Context, volume: Arc<VolumeShared>
 
 /// The epoch that a mount of `superblock` opens.
 pub(super) fn first_epoch(superblock: &Superblock) -> Epoch {
-    superblock.epoch.next()
+    superblock.epoch.next().expect("2⁶⁴ epochs do not pass")
 }

@@ -1,0 +1,3 @@
+//! The plans against models, then whole volumes under the simulator.
+
+mod plans;

@@ -1,0 +1,362 @@
+//! Mounting: from a device to running shards.
+//!
+//! Owns: [`Volume::mount`] and the order of its steps.
+//!
+//! 1. Find the newest superblock and load every group's bitmap as of its epoch; nothing is written before both are
+//!    known to be good.
+//! 2. Write the next superblock generation, of the same epoch, with a new incarnation. From now on this generation
+//!    and the one before name the same state.
+//! 3. Start each shard on its reactor, then the coordinator.
+//! 4. Finish in the background what a crash has interrupted.
+//!
+//! Mounting takes time in proportion to the number of groups, not of files or extents.
+//!
+//! # Legal crash outcomes
+//! Before step 2 nothing has changed. After it the state is the same, found under a new generation.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use reactor::{Context, OneshotSender, ReactorHandle, Receiver, mailbox, oneshot};
+
+use crate::alloc::{Allocator, GroupLoadError, LoadedGroup, SpaceCounter, assemble};
+use crate::data::DelallocShared;
+use crate::disk::{UnsupportedDevice, VolumeDisk};
+use crate::error::FsError;
+use crate::format::group::{SLOTS_PER_GROUP, VolumeLayout};
+use crate::format::superblock::Superblock;
+use crate::shard::message::{PeerCall, PeerMessage, RequestMessage};
+use crate::shard::{PEER_SLOTS, REQUEST_SLOTS, Shard, ShardParts};
+use crate::superblock::{self, SuperblockError};
+use crate::tree::TreeIdentity;
+use crate::types::{BLOCK_SIZE, BlockCount, ShardId};
+
+use super::coordinator::{
+    CHECKPOINT_SLOTS, Coordinator, CoordinatorMessage, call_all, first_epoch, keep_commit_interval,
+};
+use super::{ShardShared, Volume, VolumeShared};
+
+/// Bitmap reads that a mount keeps in flight.
+const GROUP_READS: usize = 64;
+
+/// Part of the page memory that a shard may fill with dirty pages.
+const DIRTY_SHARE: u64 = 2;
+
+/// How a volume is mounted.
+#[derive(Clone, Debug)]
+pub struct MountOptions {
+    /// Memory for file contents, clean and dirty, in bytes; shared equally by the shards.
+    pub page_memory: u64,
+    /// Memory for tree nodes that could be read again, in bytes; shared equally by the shards.
+    pub tree_memory: u64,
+    /// The longest time that accepted changes stay volatile without an fsync.
+    pub commit_interval: Duration,
+}
+
+impl Default for MountOptions {
+    fn default() -> Self {
+        Self { page_memory: 512 << 20, tree_memory: 256 << 20, commit_interval: Duration::from_secs(5) }
+    }
+}
+
+/// Why a volume could not be mounted. Nothing was changed on the device, unless it says so.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum MountError {
+    /// The device's block size cannot be used.
+    #[error(transparent)]
+    Device(#[from] UnsupportedDevice),
+    /// No superblock to go by.
+    #[error(transparent)]
+    Superblock(#[from] SuperblockError),
+    /// The volume uses features with which this version must not write.
+    #[error("{device} was used by a newer version of Pollux, with features that this one must not write to: use that version")]
+    NewerFeatures {
+        /// Name of the device.
+        device: String,
+    },
+    /// A group's bitmap is lost.
+    #[error("{device}: {error}; run `pollux fsck`")]
+    Group {
+        /// Name of the device.
+        device: String,
+        /// What is wrong.
+        error: GroupLoadError,
+    },
+    /// The bitmaps found are not those that the superblock means.
+    #[error("{device}: the free-space bitmaps do not belong to superblock generation {generation} (digest {found:016x}, not {expected:016x}): some were lost or are old; run `pollux fsck`")]
+    Digest {
+        /// Name of the device.
+        device: String,
+        /// Generation of the superblock.
+        generation: u64,
+        /// Digest of what was found.
+        found: u64,
+        /// Digest in the superblock.
+        expected: u64,
+    },
+    /// The device failed, or a reactor would not start a task.
+    #[error("{device}: {error}")]
+    Failed {
+        /// Name of the device.
+        device: String,
+        /// What happened.
+        error: FsError,
+    },
+    /// A mount needs a reactor.
+    #[error("no reactor to mount on")]
+    NoReactors,
+}
+
+struct Mailboxes {
+    requests: Receiver<RequestMessage>,
+    peers: Receiver<PeerMessage>,
+}
+
+impl Volume {
+    /// Mounts the volume on the device of these reactors, all of which have a queue of it. Runs in a task of the
+    /// first. Shards are dealt out to the reactors in turn.
+    ///
+    /// # Errors
+    /// [`MountError`].
+    pub async fn mount(
+        ctx: &Context,
+        handles: &[ReactorHandle],
+        options: MountOptions,
+    ) -> Result<Self, MountError> {
+        let disk = VolumeDisk::new(ctx.disk().clone())?;
+        let device = disk.name().to_owned();
+        let failed = |error: FsError| MountError::Failed { device: device.clone(), error };
+        let (found, warnings) = superblock::read_newest(&disk).await?;
+        let mut warnings: Vec<String> = warnings.iter().map(ToString::to_string).collect();
+        if found.must_be_read_only() {
+            return Err(MountError::NewerFeatures { device });
+        }
+        let groups = load_groups(&disk, &found, &mut warnings).await?;
+        let mut superblock = found;
+        superblock.generation = superblock.generation.next().expect("2⁶⁴ superblocks are not written");
+        superblock.incarnation = ctx.random();
+        warnings.extend(superblock::write(&disk, &superblock).await?.map(|warning| warning.to_string()));
+        for warning in &warnings {
+            tracing::warn!(device, warning);
+        }
+        let (shared, mailboxes, checkpoints) = share(&superblock, handles, &options, warnings)?;
+        start_shards(&shared, &superblock, mailboxes, groups, &options).await.map_err(failed)?;
+        let coordinator = Coordinator { ctx: ctx.clone(), disk, volume: Arc::clone(&shared), superblock };
+        spawn(ctx, coordinator.run(checkpoints)).map_err(failed)?;
+        spawn(ctx, keep_commit_interval(ctx.clone(), Arc::clone(&shared), options.commit_interval))
+            .map_err(failed)?;
+        spawn(ctx, recover(Arc::clone(&shared))).map_err(failed)?;
+        Ok(Self { shared })
+    }
+
+    /// As [`Self::mount`], on an ordinary thread.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn mount_blocking(handles: &[ReactorHandle], options: MountOptions) -> Result<Self, MountError> {
+        let (sender, result) = oneshot();
+        let all = handles.to_vec();
+        let start = move |ctx: Context| {
+            let own = ctx.clone();
+            let task = async move {
+                // If nobody waits any more, the volume is dropped as it is: nothing was changed since.
+                let _abandoned = sender.send(Self::mount(&own, &all, options).await);
+            };
+            if let Err(error) = ctx.spawn(task) {
+                tracing::error!(%error, "mount could not start");
+            }
+        };
+        let first = handles.first().ok_or(MountError::NoReactors)?;
+        let stopped = |_| MountError::Failed { device: "the device".to_owned(), error: FsError::ShuttingDown };
+        first.spawn_with(start).map_err(|_| stopped(()))?;
+        result.recv_blocking().map_err(|_| stopped(()))?
+    }
+}
+
+fn spawn(ctx: &Context, task: impl Future<Output = ()> + 'static) -> Result<(), FsError> {
+    ctx.spawn(task).map_err(|error| FsError::Io(error.to_string()))
+}
+
+/// Reads and checks the bitmap of every group.
+async fn load_groups(
+    disk: &VolumeDisk,
+    superblock: &Superblock,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<LoadedGroup>, MountError> {
+    let layout = superblock.layout;
+    let mut reads: VecDeque<(u64, Pin<Box<dyn Future<Output = Result<Vec<u8>, FsError>>>>)> = VecDeque::new();
+    let mut groups = Vec::new();
+    let mut digest = 0_u64;
+    let mut next = 0;
+    while next < layout.groups() || !reads.is_empty() {
+        while next < layout.groups() && reads.len() < GROUP_READS {
+            let disk = disk.clone();
+            let count = BlockCount::new(layout.slot_blocks().get() * SLOTS_PER_GROUP as u64);
+            let start = layout.slot_start(next, 0);
+            reads.push_back((next, Box::pin(async move { disk.read(start, count).await })));
+            next += 1;
+        }
+        let Some((group, read)) = reads.pop_front() else { break };
+        let failed = |error| MountError::Failed { device: disk.name().to_owned(), error };
+        let loaded = load_group(&layout, superblock, group, &read.await.map_err(failed)?)
+            .map_err(|error| MountError::Group { device: disk.name().to_owned(), error })?;
+        warnings.extend(loaded.warnings.iter().map(ToString::to_string));
+        digest = digest.wrapping_add(loaded.contribution);
+        groups.push(loaded);
+    }
+    if digest != superblock.group_digest {
+        return Err(MountError::Digest {
+            device: disk.name().to_owned(),
+            generation: superblock.generation.get(),
+            found: digest,
+            expected: superblock.group_digest,
+        });
+    }
+    Ok(groups)
+}
+
+fn load_group(
+    layout: &VolumeLayout,
+    superblock: &Superblock,
+    group: u64,
+    bytes: &[u8],
+) -> Result<LoadedGroup, GroupLoadError> {
+    let slot_bytes = layout.slot_bytes();
+    let slots = std::array::from_fn(|slot| &bytes[slot * slot_bytes..(slot + 1) * slot_bytes]);
+    assemble(layout, superblock.identity(), group, slots, superblock.epoch)
+}
+
+/// Builds what the shards share.
+fn share(
+    superblock: &Superblock,
+    handles: &[ReactorHandle],
+    options: &MountOptions,
+    warnings: Vec<String>,
+) -> Result<(Arc<VolumeShared>, Vec<Mailboxes>, Receiver<CoordinatorMessage>), MountError> {
+    let first = handles.first().ok_or(MountError::NoReactors)?;
+    let shard_count = u64::from(superblock.shard_count());
+    let dirty_pages = options.page_memory / shard_count / DIRTY_SHARE / BLOCK_SIZE;
+    let mut shards = Vec::new();
+    let mut mailboxes = Vec::new();
+    for reactor in handles.iter().cycle().take(superblock.shards.len()) {
+        let (requests, request_receiver) = mailbox(REQUEST_SLOTS, reactor);
+        let (peers, peer_receiver) = mailbox(PEER_SLOTS, reactor);
+        mailboxes.push(Mailboxes { requests: request_receiver, peers: peer_receiver });
+        shards.push(ShardShared {
+            reactor: reactor.clone(),
+            requests,
+            peers,
+            counter: SpaceCounter::new(),
+            delalloc: DelallocShared::new(dirty_pages),
+            last_commit: AtomicU64::new(0),
+        });
+    }
+    let (coordinator, checkpoints) = mailbox(CHECKPOINT_SLOTS, first);
+    let shared = VolumeShared {
+        shards,
+        open_epoch: AtomicU64::new(first_epoch(superblock).get()),
+        durable_epoch: AtomicU64::new(superblock.epoch.get()),
+        stopping: AtomicBool::new(false),
+        failure: OnceLock::new(),
+        damage: AtomicU64::new(0),
+        checkpoints: AtomicU64::new(0),
+        checkpoint_nanos: AtomicU64::new(0),
+        coordinator,
+        warnings: Mutex::new(warnings),
+        hash_seed: superblock.hash_seed,
+        uuid: superblock.uuid,
+        label: superblock.label.clone(),
+        blocks: superblock.layout.blocks().get(),
+    };
+    Ok((Arc::new(shared), mailboxes, checkpoints))
+}
+
+/// Starts every shard on its reactor and waits until all run.
+async fn start_shards(
+    shared: &Arc<VolumeShared>,
+    superblock: &Superblock,
+    mailboxes: Vec<Mailboxes>,
+    mut groups: Vec<LoadedGroup>,
+    options: &MountOptions,
+) -> Result<(), FsError> {
+    let mut started = Vec::new();
+    for (id, mailboxes) in shared.shard_ids().zip(mailboxes) {
+        let own: Vec<LoadedGroup> = groups.extract_if(.., |group| group.owner == id).collect();
+        let start = StartShard {
+            id,
+            volume: Arc::clone(shared),
+            superblock: superblock.clone(),
+            groups: own,
+            mailboxes,
+            options: options.clone(),
+        };
+        let (running, wait) = oneshot();
+        let reactor = &shared.shard(id).reactor;
+        reactor.spawn_with(move |ctx| start.run(&ctx, running)).map_err(|e| FsError::Io(e.to_string()))?;
+        started.push(wait);
+    }
+    for wait in started {
+        wait.await.map_err(|_| FsError::ShuttingDown)??;
+    }
+    Ok(())
+}
+
+/// What a reactor needs to start a shard.
+struct StartShard {
+    id: ShardId,
+    volume: Arc<VolumeShared>,
+    superblock: Superblock,
+    groups: Vec<LoadedGroup>,
+    mailboxes: Mailboxes,
+    options: MountOptions,
+}
+
+impl StartShard {
+    fn run(self, ctx: &Context, running: OneshotSender<Result<(), FsError>>) {
+        // If the mount was given up, the shard has nobody to serve and ends with its mailboxes.
+        let _abandoned = running.send(self.start(ctx));
+    }
+
+    fn start(self, ctx: &Context) -> Result<(), FsError> {
+        let Self { id, volume, superblock, groups, mailboxes, options } = self;
+        let disk = VolumeDisk::new(ctx.disk().clone()).map_err(|error| FsError::Io(error.to_string()))?;
+        let record = superblock.shards[id.index()];
+        let shard_count = u64::from(superblock.shard_count());
+        let counter = Arc::clone(&volume.shard(id).counter);
+        let alloc =
+            Allocator::new(id, superblock.layout, superblock.identity(), counter, superblock.epoch, groups);
+        let memory = |bytes: u64| usize::try_from(bytes / shard_count).unwrap_or(usize::MAX);
+        let shard = Shard::new(
+            ctx.clone(),
+            ShardParts {
+                id,
+                disk,
+                volume,
+                identity: TreeIdentity { volume: superblock.identity().volume, shard: id },
+                root: record.tree,
+                alloc,
+                epoch: first_epoch(&superblock),
+                next_inode: record.next_inode,
+                inodes: record.inodes,
+                tree_memory_limit: memory(options.tree_memory),
+                page_memory_limit: memory(options.page_memory),
+            },
+        );
+        spawn(ctx, Rc::clone(&shard).serve_requests(mailboxes.requests))?;
+        spawn(ctx, Rc::clone(&shard).serve_peers(mailboxes.peers))?;
+        spawn(ctx, shard.write_back_in_background())
+    }
+}
+
+/// Finishes what a crash has interrupted.
+async fn recover(volume: Arc<VolumeShared>) {
+    match call_all(&volume, |_| PeerCall::Recover).await {
+        Ok(_) | Err(FsError::ShuttingDown) => {}
+        Err(error) => tracing::warn!(%error, "unfinished deletions stay for the next mount"),
+    }
+}

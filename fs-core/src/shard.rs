@@ -240,7 +240,8 @@ impl Shard {
     pub(crate) fn release_inode(&self, inode: InodeNr) {
         let mut table = self.inodes.borrow_mut();
         let idle = table.get(&inode).is_some_and(|state| {
-            Rc::strong_count(state) == 1 && state.lookups.get() == 0 && state.data.borrow().is_empty()
+            let locked = !(state.lock.is_idle() && state.mmap_lock.is_idle() && state.ranges.is_idle());
+            Rc::strong_count(state) == 1 && state.lookups.get() == 0 && !locked && state.data.borrow().is_empty()
         });
         if idle {
             table.remove(&inode);
@@ -280,9 +281,9 @@ impl Shard {
     }
 
     /// Keeps every tree node that is in memory there, as long as the guard lives.
-    pub(crate) fn forbid_eviction(&self) -> EvictionHold<'_> {
+    pub(crate) fn hold_nodes(self: &Rc<Self>) -> NodeHold {
         self.eviction_holds.set(self.eviction_holds.get() + 1);
-        EvictionHold { holds: &self.eviction_holds }
+        NodeHold { shard: Rc::clone(self) }
     }
 
     /// What other threads may touch of this shard.
@@ -307,13 +308,13 @@ impl Shard {
     }
 }
 
-/// See [`Shard::forbid_eviction`].
-pub(crate) struct EvictionHold<'a> {
-    holds: &'a Cell<u32>,
+/// Keeps every tree node of a shard that is in memory there.
+pub(crate) struct NodeHold {
+    shard: Rc<Shard>,
 }
 
-impl Drop for EvictionHold<'_> {
+impl Drop for NodeHold {
     fn drop(&mut self) {
-        self.holds.set(self.holds.get() - 1);
+        self.shard.eviction_holds.set(self.shard.eviction_holds.get() - 1);
     }
 }

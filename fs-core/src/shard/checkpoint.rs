@@ -64,9 +64,10 @@ impl Shard {
         }
         if let Some(frozen_tree) = &frozen.tree {
             frozen_tree.mark_written();
+            self.relieve_tree_memory();
         }
         self.last_root.set(tree);
-        Ok(ShardRoot { tree, next_inode: frozen.next_inode, inodes: frozen.inodes })
+        Ok(ShardRoot { tree, next_inode: frozen.next_inode, inodes: frozen.inodes, digest_delta })
     }
 
     /// Notes that `epoch` is durable: what was freed before it may be used again.

@@ -86,7 +86,7 @@ impl Coordinator {
         let started = self.ctx.now();
         let result = self.checkpoint().await;
         match &result {
-            Ok(()) => self.volume.note_checkpoint(self.ctx.now().saturating_duration_since(started)),
+            Ok(()) => self.volume.note_checkpoint(self.ctx.now().duration_since(started)),
             Err(error) => self.volume.fail(&format!("a checkpoint failed: {error}")),
         }
         result

@@ -22,6 +22,7 @@ mod bitmap;
 mod counter;
 mod group;
 mod load;
+mod read;
 #[cfg(test)]
 mod tests;
 
@@ -29,3 +30,4 @@ pub use allocator::{Allocator, AllocatorStats, FreeError, FrozenGroups, GroupIma
 pub use counter::{Priority, Reservation, SpaceCounter};
 pub use group::GroupTransfer;
 pub use load::{GroupLoadError, GroupWarning, LoadedGroup, assemble, fresh};
+pub use read::{LoadedGroups, ReadGroupsError, read_groups};

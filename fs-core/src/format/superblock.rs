@@ -53,6 +53,16 @@ pub struct ShardRecord {
     pub inodes: u64,
 }
 
+impl ShardRecord {
+    /// A record that names nothing yet.
+    pub const BLANK: Self = Self {
+        tree: TreeRoot { ptr: BlockPtr { address: BlockNr::new(0), epoch: Epoch::new(0), crc: 0 }, level: 0 },
+        log_head: BlockNr::new(0),
+        next_inode: 0,
+        inodes: 0,
+    };
+}
+
 /// A checked superblock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Superblock {

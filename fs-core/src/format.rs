@@ -6,6 +6,7 @@
 //! Invariants: multi-byte fields are little-endian; reserved bytes are explicit and zero; sizes are asserted at compile
 //! time; every field read is input: no panic, no unbounded loop, no allocation sized by it.
 
+pub mod extent;
 pub mod group;
 #[allow(dead_code)] // until the shard uses all of it
 pub mod items;

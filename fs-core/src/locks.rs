@@ -89,8 +89,9 @@ struct Position {
 /// The locks one task has waited for since it held none, as far as their order goes.
 ///
 /// Make one where an operation begins, pass it to every waiting acquisition, and drop it with the guards. It is
-/// deliberately pessimistic: releasing a lock does not lower it.
-#[derive(Debug, Default)]
+/// deliberately pessimistic: releasing a lock does not lower it. A copy serves for locks that are released again before
+/// the next one is taken.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct LockOrder {
     last: Option<Position>,
 }

@@ -82,7 +82,7 @@ pub(crate) struct Shard {
     pub(crate) tree: RefCell<Tree>,
     pub(crate) alloc: RefCell<Allocator>,
     pub(crate) epochs: EpochGate,
-    pub(crate) data: DataState,
+    pub(crate) data: Rc<DataState>,
     pub(crate) names: NamespaceState,
     pub(crate) next_inode: Cell<u64>,
     pub(crate) inode_count: Cell<u64>,

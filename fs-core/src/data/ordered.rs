@@ -1,0 +1,425 @@
+//! Ordered extents: pieces of write-back in flight.
+//!
+//! Owns: [`OrderedExtent`], and the way from dirty pages to a file extent:
+//!
+//! | step | holds | what |
+//! |---|---|---|
+//! | prepare | a slot, a DMA buffer | both are awaited before any lock |
+//! | create | range lock X | gaps of partial pages are filled; then in one synchronous step: blocks allocated, pages copied and checksummed, pages dirty → ordered |
+//! | write | nothing | the device writes |
+//! | insert | range lock X | transactions drop what the range had and insert extent, run, back-reference, size and times |
+//! | end | range lock X, then nothing | pages ordered → clean (or dirty again), space and budget given back, waiters woken |
+//!
+//! A failure in any step after *create* makes the pages dirty again and is noted for `fsync`.
+//!
+//! Invariants:
+//! - nobody waits for an ordered extent while holding a range lock: its insertion needs one;
+//! - a page is in at most one ordered extent, so two versions of a page never race to the device;
+//! - blocks of an extent that is not inserted yet are *uncommitted* for the allocator: no checkpoint stores them as
+//!   used, so a crash does not leak them.
+//!
+//! # Legal crash outcomes
+//! A block of a file is what it was before, or what an inserted extent holds. The data was completely written before
+//! the transaction that inserts its extent begins, and the checkpoint flushes before it names that transaction.
+
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+use std::rc::Rc;
+
+use reactor::DmaBuffer;
+use reactor::block::Durability;
+
+use crate::alloc::{Priority, Reservation};
+use crate::batch::{Batch, Plan};
+use crate::error::FsError;
+use crate::format::extent::ExtentKind;
+use crate::locks::{LockOrder, RangeGuard};
+use crate::namespace::inode::{find, store};
+use crate::shard::{Inode, Shard};
+use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, Generation, InodeNr};
+
+use super::extent_map::{
+    FILL_ITEMS, INSERT_ITEMS, ItemBudget, NewExtent, drop_range, fill_preallocated, insert_extent,
+    next_extent,
+};
+use super::file::{NextWriteBack, bytes_of};
+use super::page::PAGE_SIZE;
+use super::queue::Charge;
+use super::{MAX_ORDERED, OrderedSlot, add, block_after};
+
+/// Items of old extents that one transaction of an insertion drops.
+const DROP_ITEMS: ItemBudget = ItemBudget::new(2 * ItemBudget::ONE_STEP.get());
+
+/// Items that one transaction of an insertion changes: what is dropped, what is inserted, the inode.
+const INSERTION_ITEMS: u32 = max(DROP_ITEMS.get() + INSERT_ITEMS, FILL_ITEMS) + 1;
+
+const fn max(left: u32, right: u32) -> u32 {
+    if left > right { left } else { right }
+}
+
+/// Whose blocks an ordered extent writes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// Blocks allocated for it, which nothing references yet.
+    Fresh,
+    /// Blocks that the file has preallocated there.
+    Preallocated,
+}
+
+/// A piece of write-back in flight.
+#[derive(Debug)]
+pub(crate) struct OrderedExtent {
+    /// Pages of the file.
+    pub(super) pages: Range<u64>,
+    place: Place,
+    start: BlockNr,
+    generation: Generation,
+    checksums: Vec<u32>,
+    space: RefCell<Option<Reservation>>,
+    charge: RefCell<Option<Charge>>,
+    ended: Cell<bool>,
+}
+
+impl OrderedExtent {
+    /// Whether it is inserted or has failed.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.get()
+    }
+
+    fn block_of(&self, page: u64) -> BlockNr {
+        block_after(self.start, page - self.pages.start)
+    }
+
+    fn checksums_of(&self, pages: &Range<u64>) -> &[u32] {
+        &self.checksums[(pages.start - self.pages.start) as usize..(pages.end - self.pages.start) as usize]
+    }
+}
+
+/// Where write-back may put a run of pages.
+#[derive(Clone, Copy, Debug)]
+struct Target {
+    /// Preallocated blocks at its beginning, if there are any.
+    preallocated: Option<(BlockNr, Generation)>,
+    /// Pages, from the first, that can go there together.
+    pages: u64,
+}
+
+/// What one transaction of an insertion has done.
+struct Inserted {
+    /// Pages before this one are inserted.
+    up_to: u64,
+    size: u64,
+    version: u64,
+}
+
+impl Shard {
+    /// Makes an ordered extent of the first dirty pages of `run` and starts it. Returns the page to go on with.
+    ///
+    /// # Errors
+    /// What stood against it; the pages are still dirty and the error is noted.
+    pub(super) async fn write_run(
+        self: &Rc<Self>,
+        inode: &Rc<Inode>,
+        run: Range<u64>,
+    ) -> Result<u64, FsError> {
+        let created = self.prepare_and_create(inode, run.clone()).await;
+        match created {
+            Ok(Some((extent, buffer, slot))) => {
+                let next = extent.pages.end;
+                let shard = Rc::clone(self);
+                let (owner, task_extent) = (Rc::clone(inode), Rc::clone(&extent));
+                let task = async move { shard.carry_out(owner, task_extent, buffer, slot).await };
+                if let Err(error) = self.ctx.spawn(task) {
+                    let error = FsError::Io(error.to_string());
+                    self.end_failed(inode, &extent, extent.pages.start, error.clone());
+                    return Err(error);
+                }
+                Ok(next)
+            }
+            Ok(None) => Ok(run.start),
+            Err(error) => {
+                inode.data.borrow_mut().note_error(error.clone());
+                self.data.note_write_error();
+                Err(error)
+            }
+        }
+    }
+
+    async fn prepare_and_create(
+        &self,
+        inode: &Rc<Inode>,
+        run: Range<u64>,
+    ) -> Result<Option<(Rc<OrderedExtent>, DmaBuffer, OrderedSlot)>, FsError> {
+        self.volume.check_writable()?;
+        let slot = self.data.ordered_slot(MAX_ORDERED).await;
+        let pages = (run.end - run.start).min(self.transfer_blocks());
+        let buffer = self.dma_buffer(pages).await?;
+        let guard = inode.ranges.exclusive(bytes_of(&run), &mut LockOrder::new()).await;
+        let next = inode.data.borrow().next_write_back(run.start, run.start + pages);
+        let NextWriteBack::Run(run) = next else { return Ok(None) };
+        let partial = inode.data.borrow().partial_pages(run.clone());
+        self.fill_pages(inode, &partial).await?;
+        let target = self.view(|batch| find_target(batch, inode.nr, &run)).await?;
+        let run = run.start..run.end.min(run.start + target.pages);
+        let created = self.create(inode, run, target, buffer)?;
+        drop(guard);
+        Ok(created.map(|(extent, buffer)| (extent, buffer, slot)))
+    }
+
+    /// The synchronous part: blocks, copies, checksums, page states. `None` if no buffer of the right length was to
+    /// be had just now.
+    fn create(
+        &self,
+        inode: &Rc<Inode>,
+        run: Range<u64>,
+        target: Target,
+        buffer: DmaBuffer,
+    ) -> Result<Option<(Rc<OrderedExtent>, DmaBuffer)>, FsError> {
+        let mut data = self.data_of(inode);
+        let mut wanted = run.end - run.start;
+        if target.preallocated.is_none() {
+            wanted = wanted.min(self.top_up(&mut data, wanted));
+            if wanted == 0 {
+                return Err(FsError::NoSpace);
+            }
+        }
+        let (place, start, generation, blocks) = match target.preallocated {
+            Some((start, generation)) => (Place::Preallocated, start, generation, wanted),
+            None => {
+                let space = data.space_mut().expect("topped up just now");
+                let (start, count) = self.alloc.borrow_mut().allocate_data(BlockCount::new(wanted), space);
+                let generation = Generation::new(self.epochs.current().get());
+                (Place::Fresh, start, generation, count.get())
+            }
+        };
+        let pages = run.start..run.start + blocks;
+        let Some(mut buffer) = self.resize_buffer(buffer, blocks) else {
+            if place == Place::Fresh {
+                self.give_back_blocks(start, blocks);
+            }
+            return Ok(None);
+        };
+        let mut checksums = Vec::with_capacity(blocks as usize);
+        for (at, (_, page)) in data.pages_in(pages.clone()).enumerate() {
+            checksums.push(crc32c::crc32c(page.bytes()));
+            buffer.write_at(at * PAGE_SIZE, page.bytes());
+        }
+        let unused = if place == Place::Fresh { 0 } else { blocks };
+        let (space, charge) = data.order(pages.clone(), unused);
+        let extent = Rc::new(OrderedExtent {
+            pages,
+            place,
+            start,
+            generation,
+            checksums,
+            space: RefCell::new(space),
+            charge: RefCell::new(charge),
+            ended: Cell::new(false),
+        });
+        data.ordered.push(Rc::clone(&extent));
+        add(&self.data.ordered_pages, blocks);
+        Ok(Some((extent, buffer)))
+    }
+
+    /// Sees that blocks are promised for `wanted` dirty pages; after failures they may not be. Returns for how many.
+    fn top_up(&self, data: &mut super::DataGuard<'_>, wanted: u64) -> u64 {
+        let missing = wanted.saturating_sub(data.promised_blocks());
+        if missing > 0 {
+            let more = self
+                .counter
+                .reserve(missing, 0, Priority::Normal)
+                .or_else(|| self.counter.reserve(missing, 0, Priority::Reserve));
+            if let Some(more) = more {
+                data.keep_space(more);
+            }
+        }
+        data.promised_blocks()
+    }
+
+    /// A buffer of exactly `blocks` blocks, made of one that may be longer.
+    fn resize_buffer(&self, buffer: DmaBuffer, blocks: u64) -> Option<DmaBuffer> {
+        let bytes = blocks as usize * PAGE_SIZE;
+        if buffer.len() == bytes {
+            return Some(buffer);
+        }
+        drop(buffer);
+        self.ctx.disk().pool().try_alloc(bytes)
+    }
+
+    /// The asynchronous life of an ordered extent.
+    async fn carry_out(
+        self: Rc<Self>,
+        inode: Rc<Inode>,
+        extent: Rc<OrderedExtent>,
+        buffer: DmaBuffer,
+        slot: OrderedSlot,
+    ) {
+        let lba = self.lba_of(extent.start);
+        let (written, buffer) = self.ctx.disk().write(lba, buffer, Durability::Cached).await;
+        drop(buffer);
+        let inserted = match written {
+            Ok(()) => self.insert(&inode, &extent).await,
+            Err(error) => Err((extent.pages.start, FsError::from(error))),
+        };
+        match inserted {
+            Ok(guard) => {
+                self.end_clean(&inode, &extent, extent.pages.end);
+                drop(guard);
+            }
+            Err((reached, error)) => self.end_failed(&inode, &extent, reached, error),
+        }
+        drop(slot);
+        self.relieve_page_memory();
+        let nr = inode.nr;
+        drop(inode);
+        self.release_inode(nr);
+    }
+
+    /// Inserts the extent, in as many transactions as its range needs; the range stays locked on success.
+    async fn insert(&self, inode: &Rc<Inode>, extent: &OrderedExtent) -> Result<RangeGuard, (u64, FsError)> {
+        let mut reached = extent.pages.start;
+        let mut guard: Option<RangeGuard> = None;
+        loop {
+            let own = extent.space.borrow_mut().take();
+            let (mut space, turn) = self.insertion_space(own).await.map_err(|error| (reached, error))?;
+            let held = match guard.take() {
+                Some(held) => held,
+                None => inode.ranges.exclusive(bytes_of(&extent.pages), &mut LockOrder::new()).await,
+            };
+            let plan = |batch: &mut Batch<'_>| plan_insertion(batch, inode, extent, reached);
+            let inserted = self.transact_with(&mut space, plan).await.map_err(|error| (reached, error))?;
+            drop((space, turn));
+            let mut data = inode.data.borrow_mut();
+            data.size_stored(inserted.size);
+            data.synced(inserted.version);
+            drop(data);
+            reached = inserted.up_to;
+            if reached == extent.pages.end {
+                return Ok(held);
+            }
+            guard = Some(held);
+        }
+    }
+
+    /// Nodes for one transaction of an insertion. While space is plentiful insertions do not wait for each other;
+    /// when it is not, they draw on the reserve one at a time.
+    async fn insertion_space(
+        &self,
+        own: Option<Reservation>,
+    ) -> Result<(Reservation, Option<super::InsertionTurn>), FsError> {
+        let needed = self.nodes_for(INSERTION_ITEMS);
+        let missing = needed.saturating_sub(own.as_ref().map_or(0, Reservation::nodes));
+        let (mut space, turn) = match self.counter.reserve(0, missing, Priority::Normal) {
+            Some(space) => (space, None),
+            None => {
+                let turn = self.data.insertion_turn().await;
+                (self.reserve(0, missing, Priority::Reserve).await?, Some(turn))
+            }
+        };
+        if let Some(own) = own {
+            space.merge(own);
+        }
+        Ok((space, turn))
+    }
+
+    /// Everything before page `end` is inserted: what was not changed meanwhile is clean.
+    fn end_clean(&self, inode: &Rc<Inode>, extent: &Rc<OrderedExtent>, end: u64) {
+        let mut data = self.data_of(inode);
+        data.end_ordered_clean(extent.pages.start..end);
+        self.data.queue_for_eviction(inode.nr, &mut data, extent.pages.start..end);
+        self.data.count_written(end - extent.pages.start);
+        self.end(&mut data, extent);
+    }
+
+    /// From page `reached` on nothing is inserted: the pages are dirty again.
+    fn end_failed(&self, inode: &Rc<Inode>, extent: &Rc<OrderedExtent>, reached: u64, error: FsError) {
+        let rest = reached..extent.pages.end;
+        if extent.place == Place::Fresh && !rest.is_empty() {
+            self.give_back_blocks(extent.block_of(reached), rest.end - rest.start);
+        }
+        let mut data = self.data_of(inode);
+        data.end_ordered_clean(extent.pages.start..reached);
+        if error == FsError::NotFound {
+            // The inode was deleted, and its pages with it.
+            data.end_ordered_clean(rest);
+        } else {
+            tracing::warn!(inode = %inode.nr, %error, "write-back failed; the data stays in memory");
+            if let Some(charge) = extent.charge.borrow_mut().take() {
+                data.end_ordered_failed(rest, charge);
+            }
+            data.note_error(error);
+            self.data.note_write_error();
+            self.data.list_dirty(inode.nr, &mut data);
+        }
+        self.end(&mut data, extent);
+    }
+
+    fn end(&self, data: &mut super::DataGuard<'_>, extent: &Rc<OrderedExtent>) {
+        drop(extent.space.borrow_mut().take());
+        drop(extent.charge.borrow_mut().take());
+        extent.ended.set(true);
+        let pages = extent.pages.end - extent.pages.start;
+        self.data.ordered_pages.set(self.data.ordered_pages.get() - pages);
+        data.ordered.retain(|other| !Rc::ptr_eq(other, extent));
+        data.ordered_ended.notify();
+        self.data.progress.notify();
+    }
+
+    /// Gives back blocks that were allocated and never became part of a file.
+    pub(super) fn give_back_blocks(&self, start: BlockNr, blocks: u64) {
+        self.alloc.borrow_mut().abandon_data(start, BlockCount::new(blocks));
+    }
+}
+
+/// Looks whether the pages of `run` have preallocated blocks.
+fn find_target(batch: &Batch<'_>, inode: InodeNr, run: &Range<u64>) -> Plan<Target> {
+    let mut page = run.start;
+    while page < run.end {
+        let Some(mapped) = next_extent(batch, inode, page * BLOCK_SIZE)? else { break };
+        let first = mapped.offset / BLOCK_SIZE;
+        if first >= run.end {
+            break;
+        }
+        if mapped.extent.kind == ExtentKind::Preallocated {
+            if first > run.start {
+                return Ok(Target { preallocated: None, pages: first - run.start });
+            }
+            let skipped = run.start - first;
+            let start = block_after(mapped.extent.start, skipped);
+            let pages = mapped.extent.blocks.get() - skipped;
+            return Ok(Target { preallocated: Some((start, mapped.extent.generation)), pages });
+        }
+        page = mapped.end() / BLOCK_SIZE;
+    }
+    Ok(Target { preallocated: None, pages: run.end - run.start })
+}
+
+fn plan_insertion(batch: &mut Batch<'_>, inode: &Inode, extent: &OrderedExtent, from: u64) -> Plan<Inserted> {
+    let nr = inode.nr;
+    let Some(mut record) = find(batch, nr)? else { return Err(FsError::NotFound.into()) };
+    let range = bytes_of(&(from..extent.pages.end));
+    let mut up_to = extent.pages.end;
+    match extent.place {
+        Place::Preallocated => {
+            let checksums = extent.checksums_of(&(from..up_to));
+            fill_preallocated(batch, nr, range.start, extent.block_of(from), checksums)?;
+        }
+        Place::Fresh => {
+            let dropped = drop_range(batch, nr, range.clone(), &mut DROP_ITEMS.clone())?;
+            up_to = dropped.up_to / BLOCK_SIZE;
+            let new = NewExtent {
+                start: extent.block_of(from),
+                blocks: BlockCount::new(up_to - from),
+                generation: extent.generation,
+                checksums: extent.checksums_of(&(from..up_to)),
+            };
+            insert_extent(batch, nr, range.start, new);
+            record.blocks = (record.blocks + (up_to - from)).saturating_sub(dropped.blocks);
+        }
+    }
+    let data = inode.data.borrow();
+    record.size = data.size_on_device(record.size, up_to * BLOCK_SIZE);
+    data.unsynced.fold_into(&mut record);
+    store(batch, nr, &record);
+    Ok(Inserted { up_to, size: record.size, version: data.unsynced.version })
+}

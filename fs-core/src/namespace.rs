@@ -14,6 +14,7 @@
 //! | [`peer`] | what shards ask of each other |
 //! | [`orphan`] | inodes without a name: deletion, recovery |
 //! | [`inode`], [`directory`] | plans on the items |
+//! | [`state`] | what a shard keeps of all this in memory |
 //!
 //! Invariants:
 //! - names, link counts and parents change only under the exclusive inode locks of all inodes concerned, taken in
@@ -24,6 +25,7 @@
 //!
 //! Excludes: contents (`crate::data`), permission checks (the kernel's), paths.
 
+// The other modules follow with the shard that they are methods of.
 pub(crate) mod change;
 pub(crate) mod directory;
 pub(crate) mod inode;
@@ -31,4 +33,7 @@ pub(crate) mod xattr;
 
 #[cfg(test)]
 mod tests;
+
 pub use self::change::MAX_LINKS;
+#[allow(unused_imports)] // the data path's
+pub(crate) use self::inode::without_privileges;

@@ -18,7 +18,6 @@ use reactor::WallTime;
 
 use crate::error::FsError;
 use crate::format::items::InodeRecord;
-use crate::locks::LockOrder;
 use crate::request::{AttributeChange, Attributes, FileKind, KillPrivileges, Name, SetXattrMode, TimeChange};
 use crate::shard::Shard;
 use crate::shard::transact::Credit;
@@ -26,24 +25,8 @@ use crate::types::InodeNr;
 
 use super::{inode, xattr};
 
-/// Set-user-id bit of a mode.
-const SET_USER_ID: u16 = 0o4000;
-/// Set-group-id bit of a mode.
-const SET_GROUP_ID: u16 = 0o2000;
-/// Execution by the group: without it the set-group-id bit means mandatory locking, and stays.
-const GROUP_EXECUTE: u16 = 0o0010;
-
 /// Items that a change of attributes touches.
 const ATTRIBUTE_ITEMS: u32 = 1;
-
-/// The permissions that are left when an unprivileged writer has changed a file.
-pub(crate) fn without_privileges(permissions: u16) -> u16 {
-    let mut left = permissions & !SET_USER_ID;
-    if permissions & GROUP_EXECUTE != 0 {
-        left &= !SET_GROUP_ID;
-    }
-    left
-}
 
 fn time_of(change: TimeChange, now: WallTime) -> WallTime {
     match change {
@@ -58,7 +41,7 @@ fn apply(record: &mut InodeRecord, change: &AttributeChange, now: WallTime) {
         record.permissions = permissions & 0o7777;
     }
     if change.kill_privileges == KillPrivileges::Drop && record.kind == FileKind::Regular {
-        record.permissions = without_privileges(record.permissions);
+        record.permissions = inode::without_privileges(record.permissions);
     }
     record.uid = change.uid.unwrap_or(record.uid);
     record.gid = change.gid.unwrap_or(record.gid);
@@ -82,8 +65,10 @@ impl Shard {
 
     fn visible(&self, inode: InodeNr, record: &InodeRecord) -> Attributes {
         let mut attributes = inode::attributes(inode, record);
-        if record.kind == FileKind::Regular {
-            self.overlay(inode, &mut attributes);
+        if record.kind == FileKind::Regular
+            && let Some(state) = self.inode_in_use(inode)
+        {
+            state.data.borrow().overlay(&mut attributes);
         }
         attributes
     }
@@ -97,35 +82,42 @@ impl Shard {
         if let Some(size) = change.size {
             self.resize(inode, size).await?;
         }
-        let guard = self.inode(inode).lock.exclusive(&mut LockOrder::new()).await;
+        let locks = self.lock(self.new_transaction(), [inode]).await?;
+        let changed = self.set_attributes_locked(inode, &change).await;
+        let attributes = changed.map(|record| self.visible(inode, &record));
+        self.unlock(locks).await;
+        attributes
+    }
+
+    async fn set_attributes_locked(
+        self: &Rc<Self>,
+        inode: InodeNr,
+        change: &AttributeChange,
+    ) -> Result<InodeRecord, FsError> {
         // A truncation must succeed on a full volume, the rest of it included.
         let credit = match change.size {
             Some(_) => Credit::reserve(ATTRIBUTE_ITEMS),
             None => Credit::normal(ATTRIBUTE_ITEMS),
         };
-        let changed = self
+        let state = self.inode(inode);
+        let (record, version) = self
             .transact(credit, |batch| {
                 let mut record = inode::load(batch, inode)?;
-                apply(&mut record, &change, batch.now());
+                // What earlier writes did to the record comes before, also if it was not stored yet.
+                let unsynced = state.data.borrow().unsynced;
+                unsynced.fold_into(&mut record);
+                apply(&mut record, change, batch.now());
                 inode::store(batch, inode, &record);
-                Ok(record)
+                Ok((record, unsynced.version))
             })
-            .await;
-        let attributes = changed.map(|record| {
-            if change.modified.is_some() || change.size.is_some() {
-                self.forget_unsynced_times(inode);
-            }
-            self.visible(inode, &record)
-        });
-        drop(guard);
-        self.release_inode(inode);
-        attributes
+            .await?;
+        state.data.borrow_mut().synced(version);
+        Ok(record)
     }
 
     async fn resize(self: &Rc<Self>, inode: InodeNr, size: u64) -> Result<(), FsError> {
         let record = self.view(|batch| inode::load(batch, inode)).await?;
         match record.kind {
-            FileKind::Regular if size > crate::MAX_FILE_SIZE => Err(FsError::FileTooLarge),
             FileKind::Regular => self.set_size(inode, size).await,
             FileKind::Directory => Err(FsError::IsDirectory),
             _ => Err(FsError::Invalid),
@@ -153,7 +145,10 @@ impl Shard {
     ) -> Result<(), FsError> {
         xattr::check_name(&name)?;
         xattr::check_value(&value)?;
-        self.transact(Credit::normal(xattr::XATTR_ITEMS), |batch| xattr::set(batch, inode, &name, &value, mode)).await
+        self.transact(Credit::normal(xattr::XATTR_ITEMS), |batch| {
+            xattr::set(batch, inode, &name, &value, mode)
+        })
+        .await
     }
 
     /// Serves `removexattr(2)`.

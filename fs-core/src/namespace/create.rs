@@ -1,6 +1,6 @@
 //! Making inodes.
 //!
-//! Owns: [`Shard::create`] and where new directories go ([`Shard::place_directory`]).
+//! Owns: [`Shard::create_entry`] and where new directories go ([`Shard::place_directory`]).
 //!
 //! Invariants: an inode appears together with its first name; a file is born in its directory's shard, so that making,
 //! writing, reading and removing it touch one shard; only directories are spread.
@@ -100,7 +100,7 @@ impl Creation {
 
 impl Shard {
     /// Makes an inode and its first name; counts one lookup.
-    pub(super) async fn create(self: &Rc<Self>, creation: Creation) -> Result<Attributes, FsError> {
+    pub(super) async fn create_entry(self: &Rc<Self>, creation: Creation) -> Result<Attributes, FsError> {
         creation.check()?;
         let locks = self.lock(self.new_transaction(), [creation.parent]).await?;
         let created = self.create_locked(&locks, &creation).await;
@@ -108,7 +108,11 @@ impl Shard {
         created
     }
 
-    async fn create_locked(self: &Rc<Self>, locks: &Locks, creation: &Creation) -> Result<Attributes, FsError> {
+    async fn create_locked(
+        self: &Rc<Self>,
+        locks: &Locks,
+        creation: &Creation,
+    ) -> Result<Attributes, FsError> {
         let parent = locks.record(creation.parent)?;
         if self.find(creation.parent, &creation.name).await?.is_some() {
             return Err(FsError::Exists);
@@ -125,7 +129,7 @@ impl Shard {
         if kind == FileKind::Directory {
             changes.push(Change::AddSubdirectory { directory });
         }
-        self.commit(locks.transaction(), changes, Priority::Normal).await?;
+        self.commit_changes(locks.transaction(), changes, Priority::Normal).await?;
         self.enter(inode).await
     }
 

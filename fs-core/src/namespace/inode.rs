@@ -14,6 +14,13 @@ use crate::types::{BLOCK_SIZE, InodeNr};
 /// Units of `st_blocks`, in bytes.
 const SECTOR: u64 = 512;
 
+/// Set-user-id bit of a mode.
+const SET_USER_ID: u16 = 0o4000;
+/// Set-group-id bit of a mode.
+const SET_GROUP_ID: u16 = 0o2000;
+/// Execution by the group: without it the set-group-id bit means mandatory locking, and stays.
+const GROUP_EXECUTE: u16 = 0o0010;
+
 /// The record of `inode`, if it exists.
 pub(crate) fn find(batch: &Batch<'_>, inode: InodeNr) -> Plan<Option<InodeRecord>> {
     let Some(value) = batch.get(&inode_key(inode))? else { return Ok(None) };
@@ -71,4 +78,10 @@ pub(crate) fn attributes(inode: InodeNr, record: &InodeRecord) -> Attributes {
         created: record.created,
         generation: record.generation.get(),
     }
+}
+
+/// The permissions that are left when an unprivileged caller has changed a file.
+pub(crate) fn without_privileges(permissions: u16) -> u16 {
+    let group = if permissions & GROUP_EXECUTE != 0 { SET_GROUP_ID } else { 0 };
+    permissions & !(SET_USER_ID | group)
 }

@@ -51,9 +51,8 @@ impl Shard {
             return Err(FsError::TooManyLinks);
         }
         let target = EntryTarget { inode, kind: record.kind };
-        let changes =
-            vec![Change::InsertEntry { directory, name, target }, Change::AddLink { inode }];
-        self.commit(locks.transaction(), changes, Priority::Normal).await?;
+        let changes = vec![Change::InsertEntry { directory, name, target }, Change::AddLink { inode }];
+        self.commit_changes(locks.transaction(), changes, Priority::Normal).await?;
         self.enter(inode).await
     }
 }

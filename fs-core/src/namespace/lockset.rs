@@ -22,7 +22,7 @@ use std::rc::Rc;
 use crate::error::FsError;
 use crate::format::items::InodeRecord;
 use crate::locks::{Guard, InodeClass, InodeGuard, LockClass, LockOrder};
-use crate::shard::Shard;
+use crate::shard::{Inode, Shard};
 use crate::types::{InodeNr, ShardId};
 
 use super::inode;
@@ -41,7 +41,14 @@ impl LockClass for RenameClass {
 pub(crate) type RenameGuard = Guard<RenameClass>;
 
 /// Inode locks held on this shard for one transaction.
-pub(crate) type HeldLocks = Vec<(InodeNr, InodeGuard)>;
+pub(crate) type HeldLocks = Vec<HeldLock>;
+
+/// One inode lock, held. The inode stays in the shard's table as long as this lives: its lock would otherwise be made
+/// anew, free, for the next who asks.
+pub(crate) struct HeldLock {
+    state: Rc<Inode>,
+    guard: InodeGuard,
+}
 
 /// The locks of one operation. Ends with [`Shard::unlock`].
 #[must_use = "locks on other shards are given back by a message only"]
@@ -128,11 +135,18 @@ impl Shard {
         let mut guards = HeldLocks::with_capacity(inodes.len());
         for inode in inodes {
             let state = self.inode(*inode);
-            guards.push((*inode, state.lock.exclusive(&mut order).await));
+            let guard = state.lock.exclusive(&mut order).await;
+            guards.push(HeldLock { state, guard });
         }
-        let records = self
-            .view(|batch| inodes.iter().map(|inode| inode::find(batch, *inode)).collect())
-            .await?;
+        let records =
+            self.view(|batch| inodes.iter().map(|inode| inode::find(batch, *inode)).collect()).await;
+        let records = match records {
+            Ok(records) => records,
+            Err(error) => {
+                self.give_back(guards);
+                return Err(error);
+            }
+        };
         let previous = self.names.held.borrow_mut().insert(transaction, guards);
         assert!(previous.is_none(), "a transaction locks the inodes of a shard at once");
         Ok(records)
@@ -141,10 +155,33 @@ impl Shard {
     /// Gives a transaction's locks on this shard back.
     pub(super) fn unlock_here(&self, transaction: TransactionId) {
         let guards = self.names.held.borrow_mut().remove(&transaction);
-        for (inode, guard) in guards.into_iter().flatten().rev() {
+        self.give_back(guards.unwrap_or_default());
+    }
+
+    fn give_back(&self, guards: HeldLocks) {
+        for HeldLock { state, guard } in guards.into_iter().rev() {
             drop(guard);
-            self.release_inode(inode);
+            self.release(state);
         }
+    }
+
+    /// Takes the shared lock of a directory of this shard.
+    pub(super) async fn lock_shared(&self, directory: InodeNr) -> HeldLock {
+        let state = self.inode(directory);
+        let guard = state.lock.shared(&mut LockOrder::new()).await;
+        HeldLock { state, guard }
+    }
+
+    /// Gives one lock back.
+    pub(super) fn unlock_one(&self, held: HeldLock) {
+        self.give_back(vec![held]);
+    }
+
+    /// Gives an inode's volatile state back.
+    pub(super) fn release(&self, state: Rc<Inode>) {
+        let nr = state.nr;
+        drop(state);
+        self.release_inode(nr);
     }
 
     /// Takes the volume's rename lock.
@@ -174,6 +211,9 @@ impl Shard {
     /// Gives the volume's rename lock back, on the first shard.
     pub(super) fn unlock_rename_here(&self, transaction: TransactionId) {
         let held = self.names.rename_held.borrow_mut().take();
-        assert!(held.is_some_and(|(holder, _)| holder == transaction), "only its holder gives the rename lock back");
+        assert!(
+            held.is_some_and(|(holder, _)| holder == transaction),
+            "only its holder gives the rename lock back"
+        );
     }
 }

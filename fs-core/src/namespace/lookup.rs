@@ -15,7 +15,6 @@ use std::rc::Rc;
 use crate::batch::{Batch, Plan};
 use crate::error::FsError;
 use crate::format::items::{EntryTarget, MAX_NAME, symlink_key};
-use crate::locks::LockOrder;
 use crate::request::{Attributes, DirectoryEntry, FileKind, Name};
 use crate::shard::Shard;
 use crate::types::InodeNr;
@@ -42,14 +41,13 @@ impl Shard {
     /// Serves a lookup: finds `name` and counts one lookup on what it names.
     pub(super) async fn lookup(self: &Rc<Self>, parent: InodeNr, name: Name) -> Result<Attributes, FsError> {
         check_length(&name)?;
-        let guard = self.inode(parent).lock.shared(&mut LockOrder::new()).await;
+        let held = self.lock_shared(parent).await;
         let found = self.resolve(parent, &name).await;
         let entered = match found {
             Ok(target) => self.enter(target).await,
             Err(error) => Err(error),
         };
-        drop(guard);
-        self.release_inode(parent);
+        self.unlock_one(held);
         entered
     }
 
@@ -81,7 +79,11 @@ impl Shard {
     }
 
     /// What `name` stands for in a directory of this shard, whatever locks are held.
-    pub(super) async fn find_here(&self, directory: InodeNr, name: &[u8]) -> Result<Option<EntryTarget>, FsError> {
+    pub(super) async fn find_here(
+        &self,
+        directory: InodeNr,
+        name: &[u8],
+    ) -> Result<Option<EntryTarget>, FsError> {
         self.view(|batch| {
             inode::load_directory(batch, directory)?;
             Ok(directory::find(batch, directory, name)?.map(|entry| entry.target))
@@ -102,10 +104,9 @@ impl Shard {
         limit: u32,
     ) -> Result<Vec<DirectoryEntry>, FsError> {
         let limit = limit.min(MAX_LISTING) as usize;
-        let guard = self.inode(inode).lock.shared(&mut LockOrder::new()).await;
+        let held = self.lock_shared(inode).await;
         let listed = self.view(|batch| list_all(batch, inode, after, limit)).await;
-        drop(guard);
-        self.release_inode(inode);
+        self.unlock_one(held);
         listed
     }
 
@@ -148,7 +149,12 @@ fn list_all(batch: &Batch<'_>, inode: InodeNr, after: u64, limit: usize) -> Plan
     let own = [(COOKIE_SELF, inode, &b"."[..]), (COOKIE_PARENT, record.parent, b"..")];
     let own = own.into_iter().filter(|(cookie, ..)| *cookie > after).take(limit);
     let mut listed: Vec<DirectoryEntry> = own
-        .map(|(cookie, inode, name)| DirectoryEntry { inode, kind: FileKind::Directory, name: name.into(), cookie })
+        .map(|(cookie, inode, name)| DirectoryEntry {
+            inode,
+            kind: FileKind::Directory,
+            name: name.into(),
+            cookie,
+        })
         .collect();
     listed.extend(directory::list(batch, inode, after, limit - listed.len())?);
     Ok(listed)

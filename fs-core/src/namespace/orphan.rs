@@ -103,29 +103,36 @@ impl Shard {
         let state = self.inode(inode);
         // Whoever was still busy with the inode when its last name or lookup went ends first.
         drop(state.lock.exclusive(&mut LockOrder::new()).await);
-        drop(state);
+        let deleted = self.delete_items(inode).await;
+        if deleted.is_ok() {
+            self.inode_count.set(self.inode_count.get().saturating_sub(1));
+            self.forget_inode(inode);
+        }
+        self.release(state);
+        deleted
+    }
+
+    async fn delete_items(self: &Rc<Self>, inode: InodeNr) -> Result<(), FsError> {
         self.drop_all_extents(inode).await?;
         let credit = Credit::reserve(XATTRS_AT_ONCE);
         while self.transact(credit, |batch| xattr::delete_some(batch, inode, XATTRS_AT_ONCE)).await? {}
-        self.transact(Credit::reserve(FINAL_ITEMS), |batch| delete_record(batch, inode)).await?;
-        self.inode_count.set(self.inode_count.get().saturating_sub(1));
-        self.forget_inode(inode);
-        self.release_inode(inode);
-        Ok(())
+        self.transact(Credit::reserve(FINAL_ITEMS), |batch| delete_record(batch, inode)).await
     }
 
-    /// Goes on with the deletions that the last mount did not end; they run in the background.
+    /// Goes on with what the last mount did not end: truncations before this returns, deletions in the background.
     ///
     /// # Errors
-    /// What stood against reading the intents.
+    /// What stood against reading the intents, or against finishing a truncation.
     pub(crate) async fn recover_orphans(self: &Rc<Self>) -> Result<(), FsError> {
         let mut next = Some(Key::new(0, INTENT, 0, 0));
         while let Some(from) = next {
             let found = self.view(|batch| intents(batch, from)).await?;
             next = found.last().and_then(|(key, _)| key.successor());
             for (key, intent) in found {
-                if intent == Intent::Orphan {
-                    self.delete_later(InodeNr::new(key.offset));
+                let inode = InodeNr::new(key.offset);
+                match intent {
+                    Intent::Orphan => self.delete_later(inode),
+                    Intent::Truncate(size) => self.finish_truncation(inode, size).await?,
                 }
             }
         }

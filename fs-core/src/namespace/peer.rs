@@ -132,7 +132,7 @@ impl Shard {
             NamespaceCall::Apply { transaction } => {
                 return Ok(self.apply_prepared(transaction).map(|()| NamespaceReply::Done));
             }
-            NamespaceCall::NewInode => return Ok(self.new_inode().map(NamespaceReply::Inode)),
+            NamespaceCall::NewInode => return Ok(Ok(NamespaceReply::Inode(self.new_inode_number()))),
             waits => return Err(waits),
         }
         Ok(Ok(NamespaceReply::Done))
@@ -142,17 +142,24 @@ impl Shard {
     ///
     /// # Errors
     /// The operation's.
-    pub(crate) async fn answer_namespace(self: &Rc<Self>, call: NamespaceCall) -> Result<NamespaceReply, FsError> {
+    pub(crate) async fn answer_namespace(
+        self: &Rc<Self>,
+        call: NamespaceCall,
+    ) -> Result<NamespaceReply, FsError> {
         let call = match self.answer_namespace_now(call) {
             Ok(answer) => return answer,
             Err(call) => call,
         };
         match call {
-            NamespaceCall::Enter { inode } => Ok(NamespaceReply::Entry(Box::new(self.enter_here(inode).await?))),
+            NamespaceCall::Enter { inode } => {
+                Ok(NamespaceReply::Entry(Box::new(self.enter_here(inode).await?)))
+            }
             NamespaceCall::Find { directory, name } => {
                 Ok(NamespaceReply::Found(self.find_here(directory, &name).await?))
             }
-            NamespaceCall::Parent { directory } => Ok(NamespaceReply::Inode(self.parent_here(directory).await?)),
+            NamespaceCall::Parent { directory } => {
+                Ok(NamespaceReply::Inode(self.parent_here(directory).await?))
+            }
             NamespaceCall::Flush { inode } => {
                 self.flush_here(inode).await?;
                 Ok(NamespaceReply::Done)
@@ -184,7 +191,11 @@ impl Shard {
     ///
     /// # Errors
     /// The answer's, or [`FsError::ShuttingDown`].
-    pub(super) async fn ask(self: &Rc<Self>, shard: ShardId, call: NamespaceCall) -> Result<NamespaceReply, FsError> {
+    pub(super) async fn ask(
+        self: &Rc<Self>,
+        shard: ShardId,
+        call: NamespaceCall,
+    ) -> Result<NamespaceReply, FsError> {
         if shard == self.id {
             return self.answer_namespace(call).await;
         }

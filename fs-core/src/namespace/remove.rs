@@ -84,7 +84,7 @@ impl Shard {
         } else {
             changes.push(Change::DropLink { inode: target.inode });
         }
-        self.commit(locks.transaction(), changes, Priority::Reserve).await?;
+        self.commit_changes(locks.transaction(), changes, Priority::Reserve).await?;
         Ok(Attempt::Done)
     }
 }

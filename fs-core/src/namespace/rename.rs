@@ -253,7 +253,7 @@ impl Shard {
         };
         let changes = renaming.decide(ends, target_entries)?;
         if !changes.is_empty() {
-            self.commit(locks.transaction(), changes, Priority::Normal).await?;
+            self.commit_changes(locks.transaction(), changes, Priority::Normal).await?;
         }
         Ok(Attempt::Done)
     }

@@ -7,7 +7,7 @@
 use std::rc::Rc;
 
 use crate::error::FsError;
-use crate::request::{Reply, Request, SyncScope};
+use crate::request::{Reply, Request};
 use crate::shard::Shard;
 
 use super::create::Creation;
@@ -44,10 +44,6 @@ impl Shard {
             | Request::ListXattr { .. }
             | Request::RemoveXattr { .. }) => self.serve_xattr(xattr).await,
             Request::StatFs => Ok(Reply::Space(self.volume.space())),
-            Request::Sync { scope: SyncScope::Volume, .. } => {
-                self.volume.sync_volume().await?;
-                Ok(Reply::Done)
-            }
             contents => self.serve_contents(contents).await,
         }
     }
@@ -56,7 +52,7 @@ impl Shard {
         match request {
             Request::Create { parent, name, new, permissions, caller } => {
                 let creation = Creation { parent, name, new, permissions, caller };
-                self.create(creation).await.map(Reply::Entry)
+                self.create_entry(creation).await.map(Reply::Entry)
             }
             Request::Unlink { parent, name } => {
                 self.remove(parent, name, Removal::Unlink).await?;
@@ -95,7 +91,9 @@ impl Shard {
 
     async fn serve_contents(self: &Rc<Self>, request: Request) -> Result<Reply, FsError> {
         match request {
-            Request::Read { inode, offset, length } => self.read(inode, offset, length).await.map(Reply::Data),
+            Request::Read { inode, offset, length } => {
+                self.read(inode, offset, length).await.map(Reply::Data)
+            }
             Request::Write { inode, offset, data, source, kill_privileges } => {
                 self.write_slow(inode, offset, data, source, kill_privileges).await.map(Reply::Written)
             }

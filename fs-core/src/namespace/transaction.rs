@@ -1,6 +1,6 @@
 //! Committing an operation's changes: on one shard, or on several in the same epoch.
 //!
-//! Owns: [`Shard::commit`], the protocol between shards, and the changes prepared here.
+//! Owns: [`Shard::commit_changes`], the protocol between shards, and the changes prepared here.
 //!
 //! A transaction that spans shards is led by the shard that runs the operation, which holds the locks of all inodes
 //! concerned:
@@ -36,7 +36,7 @@ use crate::alloc::{Priority, Reservation};
 use crate::error::FsError;
 use crate::shard::transact::Credit;
 use crate::shard::{NodeHold, Shard};
-use crate::types::{Epoch, InodeNr, ShardId};
+use crate::types::{Epoch, ShardId};
 
 use super::change::{Change, Effects, plan_changes};
 use super::peer::{NamespaceCall, NamespaceReply, misanswered};
@@ -81,7 +81,7 @@ impl Shard {
     ///
     /// # Errors
     /// What stands against one of them, [`FsError::NoSpace`], [`FsError::ReadOnly`]; then nothing has changed.
-    pub(super) async fn commit(
+    pub(super) async fn commit_changes(
         self: &Rc<Self>,
         transaction: TransactionId,
         changes: Vec<Change>,
@@ -126,7 +126,11 @@ impl Shard {
 
     /// Brings all participants into one epoch. Every repetition has seen the volume's epoch move on, which takes a
     /// whole checkpoint.
-    async fn join_all(self: &Rc<Self>, transaction: TransactionId, shards: &[ShardId]) -> Result<(), FsError> {
+    async fn join_all(
+        self: &Rc<Self>,
+        transaction: TransactionId,
+        shards: &[ShardId],
+    ) -> Result<(), FsError> {
         loop {
             // The leader stays in the epoch itself, whether it takes part or not, so that the epoch cannot close
             // while others still join it.
@@ -169,7 +173,11 @@ impl Shard {
         outcome
     }
 
-    async fn apply_all(self: &Rc<Self>, transaction: TransactionId, shards: &[ShardId]) -> Result<(), FsError> {
+    async fn apply_all(
+        self: &Rc<Self>,
+        transaction: TransactionId,
+        shards: &[ShardId],
+    ) -> Result<(), FsError> {
         let mut outcome = Ok(());
         for shard in shards {
             if let Err(error) = self.ask(*shard, NamespaceCall::Apply { transaction }).await {
@@ -267,13 +275,5 @@ impl Shard {
         for inode in effects.orphans {
             self.note_orphan(inode);
         }
-    }
-
-    /// A number for a new inode of this shard.
-    ///
-    /// # Errors
-    /// [`FsError::NoSpace`] after 2⁵⁸ of them.
-    pub(super) fn new_inode(&self) -> Result<InodeNr, FsError> {
-        self.new_inode_number().ok_or(FsError::NoSpace)
     }
 }

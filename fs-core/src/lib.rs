@@ -10,16 +10,19 @@ pub mod superblock;
 pub mod tree;
 pub mod types;
 
-#[allow(dead_code)] // until the shard uses it
 mod batch;
-#[allow(dead_code)] // until the shard uses it
+mod data;
 mod locks;
-#[allow(dead_code)] // until the shard uses it
 mod namespace;
+mod shard;
+pub mod volume;
 
 pub use error::FsError;
 
 /// Largest size of a file, in bytes: what an `off_t` can count, in whole blocks.
 pub const MAX_FILE_SIZE: u64 = i64::MAX as u64 / types::BLOCK_SIZE * types::BLOCK_SIZE;
 
+pub use data::MAX_WRITE;
 pub use namespace::MAX_LINKS;
+pub use request::{Reply, Request};
+pub use volume::{MountError, MountOptions, Volume, WriteOutcome};

@@ -25,15 +25,27 @@
 //!
 //! Excludes: contents (`crate::data`), permission checks (the kernel's), paths.
 
-// The other modules follow with the shard that they are methods of.
+mod attributes;
 pub(crate) mod change;
+mod create;
 pub(crate) mod directory;
 pub(crate) mod inode;
+mod link;
+mod lockset;
+mod lookup;
+mod orphan;
+mod peer;
+mod remove;
+mod rename;
+mod serve;
+mod state;
+mod transaction;
 pub(crate) mod xattr;
 
 #[cfg(test)]
 mod tests;
 
 pub use self::change::MAX_LINKS;
-#[allow(unused_imports)] // the data path's
 pub(crate) use self::inode::without_privileges;
+pub(crate) use self::peer::{NamespaceCall, NamespaceReply};
+pub(crate) use self::state::NamespaceState;

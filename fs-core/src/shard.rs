@@ -30,9 +30,9 @@ use crate::alloc::{Allocator, SpaceCounter};
 use crate::data::{DataState, FileData};
 use crate::disk::VolumeDisk;
 use crate::error::FsError;
+use crate::format::node::zeroed_image;
 use crate::locks::{InodeClass, MmapClass, RangeLock, WholeLock};
 use crate::namespace::NamespaceState;
-use crate::format::node::zeroed_image;
 use crate::tree::{NODE_BLOCKS, NodeImage, Tree, TreeIdentity, TreeRoot};
 use crate::types::{BlockCount, BlockNr, Epoch, InodeNr, ShardId};
 use crate::volume::{ShardReport, ShardShared, VolumeShared};
@@ -241,7 +241,10 @@ impl Shard {
         let mut table = self.inodes.borrow_mut();
         let idle = table.get(&inode).is_some_and(|state| {
             let locked = !(state.lock.is_idle() && state.mmap_lock.is_idle() && state.ranges.is_idle());
-            Rc::strong_count(state) == 1 && state.lookups.get() == 0 && !locked && state.data.borrow().is_empty()
+            Rc::strong_count(state) == 1
+                && state.lookups.get() == 0
+                && !locked
+                && state.data.borrow().is_empty()
         });
         if idle {
             table.remove(&inode);

@@ -276,7 +276,10 @@ impl Volume {
         let Ok((charge, space)) = parts.try_reserve(shard.delalloc.budget(), &shard.counter) else {
             return WriteOutcome::Slow;
         };
-        shard.delalloc.accept(parts.into_entry(charge, space)).map_or(WriteOutcome::Slow, WriteOutcome::Accepted)
+        shard
+            .delalloc
+            .accept(parts.into_entry(charge, space))
+            .map_or(WriteOutcome::Slow, WriteOutcome::Accepted)
     }
 
     /// Writes everything, makes it durable and ends the shards. Requests sent meanwhile fail with

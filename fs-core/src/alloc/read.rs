@@ -4,6 +4,8 @@
 //!
 //! Excludes: choosing among slots ([`super::load`]), who gets which group.
 
+use futures_util::stream::{self, StreamExt};
+
 use crate::disk::VolumeDisk;
 use crate::error::FsError;
 use crate::format::group::SLOTS_PER_GROUP;
@@ -11,6 +13,9 @@ use crate::format::superblock::Superblock;
 use crate::types::{BlockCount, ShardId};
 
 use super::load::{GroupLoadError, GroupWarning, LoadedGroup, assemble};
+
+/// Reads that are in flight at once.
+const GROUP_READS: usize = 64;
 
 /// Why the groups of a volume could not be loaded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -60,8 +65,11 @@ pub async fn read_groups(
     let mut loaded = LoadedGroups::default();
     loaded.by_shard.resize_with(usize::from(superblock.shard_count()), Vec::new);
     let mut found = 0_u64;
-    for number in 0..layout.groups() {
-        let mut group = read_group(disk, superblock, number).await?;
+    let mut groups = stream::iter(0..layout.groups())
+        .map(|number| read_group(disk, superblock, number))
+        .buffered(GROUP_READS);
+    while let Some(group) = groups.next().await {
+        let mut group = group?;
         found = found.wrapping_add(group.contribution);
         loaded.warnings.append(&mut group.warnings);
         loaded.by_shard[group.owner.index()].push(group);

@@ -105,7 +105,7 @@ pub(crate) struct FileData {
     space: Option<Reservation>,
     charge: Option<Charge>,
     visible_size: Option<u64>,
-    pub(super) unsynced: Unsynced,
+    pub(crate) unsynced: Unsynced,
     errors: WriteErrors,
     /// The inode was found to be a regular file.
     pub(super) is_regular: bool,

@@ -75,7 +75,9 @@ impl Shard {
     pub(crate) async fn epoch_is_durable(&self, epoch: Epoch) {
         let mut freed = self.alloc.borrow().releasable(epoch);
         freed.sort_unstable();
-        for (start, count) in joined(freed).filter(|(_, count)| *count >= MIN_DEALLOCATION).take(MAX_DEALLOCATIONS) {
+        for (start, count) in
+            joined(freed).filter(|(_, count)| *count >= MIN_DEALLOCATION).take(MAX_DEALLOCATIONS)
+        {
             if let Err(error) = self.disk.deallocate(start, count).await {
                 // Only a hint to the device: without it the blocks are free all the same.
                 tracing::warn!(shard = %self.id, %error, "deallocation failed");

@@ -115,7 +115,10 @@ impl Shard {
 
     /// Runs `plan` and loads what it misses, but commits nothing: afterwards, and as long as no node is evicted, the
     /// same plan commits without a miss.
-    pub(crate) async fn rehearse<T>(&self, mut plan: impl FnMut(&mut Batch<'_>) -> Plan<T>) -> Result<T, FsError> {
+    pub(crate) async fn rehearse<T>(
+        &self,
+        mut plan: impl FnMut(&mut Batch<'_>) -> Plan<T>,
+    ) -> Result<T, FsError> {
         loop {
             let outcome = {
                 let tree = self.tree.borrow();

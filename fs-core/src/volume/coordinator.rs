@@ -23,9 +23,9 @@ use reactor::{Context, OneshotSender, Receiver};
 
 use crate::disk::VolumeDisk;
 use crate::error::FsError;
+use crate::format::superblock::Superblock;
 use crate::shard::checkpoint::ShardRoot;
 use crate::shard::message::{PeerCall, PeerReply};
-use crate::format::superblock::Superblock;
 use crate::superblock;
 use crate::types::{Epoch, ShardId};
 
@@ -116,7 +116,10 @@ impl Coordinator {
         Ok(())
     }
 
-    async fn all_shards(&self, call: impl Fn(ShardId) -> PeerCall) -> Result<Vec<(ShardId, PeerReply)>, FsError> {
+    async fn all_shards(
+        &self,
+        call: impl Fn(ShardId) -> PeerCall,
+    ) -> Result<Vec<(ShardId, PeerReply)>, FsError> {
         call_all(&self.volume, call).await
     }
 }
@@ -143,7 +146,11 @@ pub(super) fn set_root(superblock: &mut Superblock, shard: ShardId, root: ShardR
 }
 
 /// Writes dirty data and checkpoints at every commit interval, so that nothing older is lost even without fsync.
-pub(super) async fn keep_commit_interval(ctx: Context, volume: Arc<VolumeShared>, interval: std::time::Duration) {
+pub(super) async fn keep_commit_interval(
+    ctx: Context,
+    volume: Arc<VolumeShared>,
+    interval: std::time::Duration,
+) {
     while !volume.is_stopping() {
         ctx.sleep(interval).await;
         if volume.is_stopping() || volume.check_writable().is_err() {

@@ -14,9 +14,7 @@
 //! # Legal crash outcomes
 //! Before step 2 nothing has changed. After it the state is the same, found under a new generation.
 
-use std::collections::VecDeque;
 use std::future::Future;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -24,25 +22,21 @@ use std::time::Duration;
 
 use reactor::{Context, OneshotSender, ReactorHandle, Receiver, mailbox, oneshot};
 
-use crate::alloc::{Allocator, GroupLoadError, LoadedGroup, SpaceCounter, assemble};
+use crate::alloc::{Allocator, LoadedGroup, LoadedGroups, ReadGroupsError, SpaceCounter, read_groups};
 use crate::data::DelallocShared;
 use crate::disk::{UnsupportedDevice, VolumeDisk};
 use crate::error::FsError;
-use crate::format::group::{SLOTS_PER_GROUP, VolumeLayout};
 use crate::format::superblock::Superblock;
 use crate::shard::message::{PeerCall, PeerMessage, RequestMessage};
 use crate::shard::{PEER_SLOTS, REQUEST_SLOTS, Shard, ShardParts};
 use crate::superblock::{self, SuperblockError};
 use crate::tree::TreeIdentity;
-use crate::types::{BLOCK_SIZE, BlockCount, ShardId};
+use crate::types::{BLOCK_SIZE, ShardId};
 
 use super::coordinator::{
     CHECKPOINT_SLOTS, Coordinator, CoordinatorMessage, call_all, first_epoch, keep_commit_interval,
 };
 use super::{ShardShared, Volume, VolumeShared};
-
-/// Bitmap reads that a mount keeps in flight.
-const GROUP_READS: usize = 64;
 
 /// Part of the page memory that a shard may fill with dirty pages.
 const DIRTY_SHARE: u64 = 2;
@@ -74,30 +68,20 @@ pub enum MountError {
     #[error(transparent)]
     Superblock(#[from] SuperblockError),
     /// The volume uses features with which this version must not write.
-    #[error("{device} was used by a newer version of Pollux, with features that this one must not write to: use that version")]
+    #[error(
+        "{device} was used by a newer version of Pollux, with features that this one must not write to: use that version"
+    )]
     NewerFeatures {
         /// Name of the device.
         device: String,
     },
-    /// A group's bitmap is lost.
-    #[error("{device}: {error}; run `pollux fsck`")]
-    Group {
+    /// The free-space bitmaps are damaged.
+    #[error("{device}: {error}; `pollux fsck` tells more")]
+    Groups {
         /// Name of the device.
         device: String,
         /// What is wrong.
-        error: GroupLoadError,
-    },
-    /// The bitmaps found are not those that the superblock means.
-    #[error("{device}: the free-space bitmaps do not belong to superblock generation {generation} (digest {found:016x}, not {expected:016x}): some were lost or are old; run `pollux fsck`")]
-    Digest {
-        /// Name of the device.
-        device: String,
-        /// Generation of the superblock.
-        generation: u64,
-        /// Digest of what was found.
-        found: u64,
-        /// Digest in the superblock.
-        expected: u64,
+        error: ReadGroupsError,
     },
     /// The device failed, or a reactor would not start a task.
     #[error("{device}: {error}")]
@@ -136,7 +120,9 @@ impl Volume {
         if found.must_be_read_only() {
             return Err(MountError::NewerFeatures { device });
         }
-        let groups = load_groups(&disk, &found, &mut warnings).await?;
+        let groups = read_groups(&disk, &found).await;
+        let groups = groups.map_err(|error| MountError::Groups { device: device.clone(), error })?;
+        warnings.extend(groups.warnings.iter().map(ToString::to_string));
         let mut superblock = found;
         superblock.generation = superblock.generation.next().expect("2⁶⁴ superblocks are not written");
         superblock.incarnation = ctx.random();
@@ -172,7 +158,8 @@ impl Volume {
             }
         };
         let first = handles.first().ok_or(MountError::NoReactors)?;
-        let stopped = |_| MountError::Failed { device: "the device".to_owned(), error: FsError::ShuttingDown };
+        let stopped =
+            |_| MountError::Failed { device: "the device".to_owned(), error: FsError::ShuttingDown };
         first.spawn_with(start).map_err(|_| stopped(()))?;
         result.recv_blocking().map_err(|_| stopped(()))?
     }
@@ -180,55 +167,6 @@ impl Volume {
 
 fn spawn(ctx: &Context, task: impl Future<Output = ()> + 'static) -> Result<(), FsError> {
     ctx.spawn(task).map_err(|error| FsError::Io(error.to_string()))
-}
-
-/// Reads and checks the bitmap of every group.
-async fn load_groups(
-    disk: &VolumeDisk,
-    superblock: &Superblock,
-    warnings: &mut Vec<String>,
-) -> Result<Vec<LoadedGroup>, MountError> {
-    let layout = superblock.layout;
-    let mut reads: VecDeque<(u64, Pin<Box<dyn Future<Output = Result<Vec<u8>, FsError>>>>)> = VecDeque::new();
-    let mut groups = Vec::new();
-    let mut digest = 0_u64;
-    let mut next = 0;
-    while next < layout.groups() || !reads.is_empty() {
-        while next < layout.groups() && reads.len() < GROUP_READS {
-            let disk = disk.clone();
-            let count = BlockCount::new(layout.slot_blocks().get() * SLOTS_PER_GROUP as u64);
-            let start = layout.slot_start(next, 0);
-            reads.push_back((next, Box::pin(async move { disk.read(start, count).await })));
-            next += 1;
-        }
-        let Some((group, read)) = reads.pop_front() else { break };
-        let failed = |error| MountError::Failed { device: disk.name().to_owned(), error };
-        let loaded = load_group(&layout, superblock, group, &read.await.map_err(failed)?)
-            .map_err(|error| MountError::Group { device: disk.name().to_owned(), error })?;
-        warnings.extend(loaded.warnings.iter().map(ToString::to_string));
-        digest = digest.wrapping_add(loaded.contribution);
-        groups.push(loaded);
-    }
-    if digest != superblock.group_digest {
-        return Err(MountError::Digest {
-            device: disk.name().to_owned(),
-            generation: superblock.generation.get(),
-            found: digest,
-            expected: superblock.group_digest,
-        });
-    }
-    Ok(groups)
-}
-
-fn load_group(
-    layout: &VolumeLayout,
-    superblock: &Superblock,
-    group: u64,
-    bytes: &[u8],
-) -> Result<LoadedGroup, GroupLoadError> {
-    let slot_bytes = layout.slot_bytes();
-    let slots = std::array::from_fn(|slot| &bytes[slot * slot_bytes..(slot + 1) * slot_bytes]);
-    assemble(layout, superblock.identity(), group, slots, superblock.epoch)
 }
 
 /// Builds what the shards share.
@@ -281,17 +219,16 @@ async fn start_shards(
     shared: &Arc<VolumeShared>,
     superblock: &Superblock,
     mailboxes: Vec<Mailboxes>,
-    mut groups: Vec<LoadedGroup>,
+    mut groups: LoadedGroups,
     options: &MountOptions,
 ) -> Result<(), FsError> {
     let mut started = Vec::new();
     for (id, mailboxes) in shared.shard_ids().zip(mailboxes) {
-        let own: Vec<LoadedGroup> = groups.extract_if(.., |group| group.owner == id).collect();
         let start = StartShard {
             id,
             volume: Arc::clone(shared),
             superblock: superblock.clone(),
-            groups: own,
+            groups: groups.take(id),
             mailboxes,
             options: options.clone(),
         };

@@ -1,1 +1,24 @@
-//! Placeholder of the workspace skeleton; replaced by the crate's first slice.
+//! The tools around Pollux: the command line, the daemon, and the front ends they put before a volume.
+//!
+//! Owns: what the binaries `pollux` and `polluxd` do. Each binary is a few lines over this library, so that tests can
+//! reach all of it.
+//!
+//! | module | owns |
+//! |---|---|
+//! | [`config`] | the configuration file |
+//! | [`control`] | the control socket: protocol, where it lies, both sides |
+//! | [`fuse`] | the FUSE front end: mount points, session, translation of requests |
+//! | [`load`] | a synthetic load on a raw device |
+//! | [`report`] | what `pollux status` shows |
+//!
+//! Excludes: the filesystem ([`fs_core`]), the driver ([`nvme`]), the reactors ([`reactor`]).
+
+pub mod config;
+pub mod control;
+pub mod failure;
+pub mod fuse;
+pub mod load;
+pub mod logging;
+pub mod quantity;
+pub mod report;
+pub mod signals;

@@ -4,19 +4,22 @@
 //!
 //! | tier | is | needs |
 //! |---|---|---|
-//! | unit | every test that is not `#[ignore]`d, of all crates | nothing |
+//! | unit | tests of all crates but `hw-tests`, apart from those marked `#[ignore]` | nothing |
 //! | doc | documentation tests | nothing |
-//! | mount | the `#[ignore]`d tests of `pollux-tools` and `hw-tests`, in release: real mounts, real programs | `/dev/fuse`, root or fusermount3, Debian packages |
+//! | mount | `hw-tests`, and all of `pollux-tools` with its `#[ignore]`d tests, in release: real mounts, real programs | `/dev/fuse`, root or fusermount3, Debian packages |
 //!
-//! A test that needs more than a compiler carries `#[ignore = "what it needs"]`; this task is what runs it. The mount
-//! tier finds the built programs in the folder named by the environment variable `POLLUX_BIN_DIR`.
+//! Outside `hw-tests`, a test that needs more than a compiler carries `#[ignore = "what it needs"]`. The mount tier
+//! finds the built programs in the folder named by the environment variable `POLLUX_BIN_DIR`.
 
 use clap::Args;
 
 use crate::packages;
 use crate::steps::{Steps, has_cargo_command};
 
-/// Crates whose ignored tests make the mount tier.
+/// Every crate but the one whose tests all mount.
+const NOT_MOUNTING: &[&str] = &["--workspace", "--exclude", "hw-tests"];
+
+/// Crates of the mount tier.
 const MOUNT_CRATES: &[&str] = &["--package", "pollux-tools", "--package", "hw-tests"];
 
 /// Which tiers run.
@@ -54,9 +57,19 @@ fn mount(steps: &mut Steps, runner: Runner) {
     }
     steps.cargo(
         "release build",
-        &["build", "--quiet", "--locked", "--release", "--package", "pollux-tools", "--bins"],
+        &[
+            "build",
+            "--quiet",
+            "--locked",
+            "--release",
+            "--package",
+            "pollux-tools",
+            "--package",
+            "hw-tests",
+            "--bins",
+        ],
     );
-    runner.ignored(steps);
+    runner.mount(steps);
 }
 
 /// Which program runs the tests.
@@ -77,18 +90,18 @@ impl Runner {
 
     fn unit(self, steps: &mut Steps) {
         match self {
-            Self::Nextest => steps.cargo(
-                "unit tests",
-                &["nextest", "run", "--locked", "--workspace", "--no-fail-fast", "--status-level", "slow"],
-            ),
-            Self::CargoTest => steps.cargo(
-                "unit tests",
-                &["test", "--quiet", "--locked", "--workspace", "--no-fail-fast", "--all-targets"],
-            ),
+            Self::Nextest => {
+                let options = ["nextest", "run", "--locked", "--no-fail-fast", "--status-level", "slow"];
+                steps.cargo("unit tests", &[&options, NOT_MOUNTING].concat());
+            }
+            Self::CargoTest => {
+                let options = ["test", "--quiet", "--locked", "--no-fail-fast", "--all-targets"];
+                steps.cargo("unit tests", &[&options, NOT_MOUNTING].concat());
+            }
         }
     }
 
-    fn ignored(self, steps: &mut Steps) {
+    fn mount(self, steps: &mut Steps) {
         let binaries = target_folder(steps).join("release");
         let binaries = binaries.to_string_lossy();
         let environment = [("POLLUX_BIN_DIR", &*binaries)];
@@ -102,9 +115,9 @@ impl Runner {
         // One at a time: each of these keeps a daemon, a mount and often all cores busy.
         match self {
             Self::Nextest => {
-                arguments.extend(["--run-ignored", "only", "--test-threads", "1", "--no-tests", "warn"]);
+                arguments.extend(["--run-ignored", "all", "--test-threads", "1"]);
             }
-            Self::CargoTest => arguments.extend(["--", "--ignored", "--test-threads", "1"]),
+            Self::CargoTest => arguments.extend(["--", "--include-ignored", "--test-threads", "1"]),
         }
         steps.cargo_with("mount tests", &arguments, &environment);
     }

@@ -1,0 +1,92 @@
+//! The control protocol, version 1.
+//!
+//! A client sends requests, the daemon answers each in order. Both are JSON objects on one line, ended by a newline:
+//!
+//! ```text
+//! → {"version":1,"command":"sync"}
+//! ← {"version":1,"result":{"took_ns":1234567}}
+//! → {"version":1,"command":"fly"}
+//! ← {"version":1,"error":"unknown command `fly`: this daemon knows status, sync"}
+//! ```
+//!
+//! A request of another version gets an error that names the daemon's version. A line longer than [`REQUEST_LIMIT`],
+//! or one that is no such object, gets an error, and the connection ends.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Version that this build speaks.
+pub const VERSION: u32 = 1;
+
+/// Bytes of a request at most, newline included.
+pub const REQUEST_LIMIT: u64 = 4096;
+
+/// Bytes of an answer at most: a client reads no more.
+pub const ANSWER_LIMIT: u64 = 16 << 20;
+
+/// What a client asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ControlRequest {
+    /// The client's version.
+    pub version: u32,
+    /// What to do.
+    pub command: String,
+}
+
+/// What the daemon answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ControlAnswer {
+    /// The daemon's version.
+    pub version: u32,
+    /// The result, if it went well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<Value>,
+    /// What went wrong otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+impl ControlAnswer {
+    /// The answer to a request that went well, or did not.
+    pub fn new(outcome: Result<Value, String>) -> Self {
+        match outcome {
+            Ok(result) => Self { version: VERSION, result: Some(result), error: None },
+            Err(error) => Self { version: VERSION, result: None, error: Some(error) },
+        }
+    }
+}
+
+/// Commands of the protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Figures of daemon, reactors, queues and volume.
+    Status,
+    /// Everything accepted before is durable when the answer comes.
+    Sync,
+}
+
+impl Command {
+    /// The name in a request.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Status => "status",
+            Self::Sync => "sync",
+        }
+    }
+
+    /// What a request line asks for.
+    ///
+    /// # Errors
+    /// The text for [`ControlAnswer::error`].
+    pub fn parse(line: &[u8]) -> Result<Self, String> {
+        let request: ControlRequest =
+            serde_json::from_slice(line).map_err(|error| format!("not a request: {error}"))?;
+        if request.version != VERSION {
+            return Err(format!("this daemon speaks version {VERSION}, not {}", request.version));
+        }
+        let known = [Self::Status, Self::Sync];
+        known.into_iter().find(|command| command.name() == request.command).ok_or_else(|| {
+            format!("unknown command `{}`: this daemon knows status, sync", request.command.escape_debug())
+        })
+    }
+}

@@ -460,3 +460,6 @@ impl VolumeShared {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

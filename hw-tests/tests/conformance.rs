@@ -1,0 +1,57 @@
+//! Suites that no one here wrote, on a mounted volume.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use hw_tests::{Daemon, Scratch, fsck_clean, text};
+
+/// Where `cargo xtask test` installs programs that are no Debian packages.
+fn tool(name: &str, version: &str) -> Result<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools");
+    let path = root.join("bin").join(name);
+    ensure!(
+        path.is_file(),
+        "{name} is missing: `cargo install --locked --root target/tools {name}@{version}`, or run `cargo xtask test`"
+    );
+    Ok(path)
+}
+
+#[test]
+fn pjdfstest_passes() -> Result<()> {
+    let program = tool("pjdfstest", "0.2.2")?;
+    let scratch = Scratch::new()?;
+    // The suite changes users: they must reach the mount.
+    fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o755))?;
+    let other = scratch.path().join("other-file-system");
+    fs::create_dir(&other)?;
+    let daemon = Daemon::up(&scratch, &["--size", "1GiB"])?;
+    let work = scratch.mount().join("pjdfstest");
+    fs::create_dir(&work)?;
+    fs::set_permissions(&work, fs::Permissions::from_mode(0o777))?;
+    let output = Command::new(program)
+        .arg("-c")
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("pjdfstest.toml"))
+        .arg("-p")
+        .arg(&work)
+        .arg("-s")
+        .arg(&other)
+        .current_dir(&work)
+        .stdin(Stdio::null())
+        .output()
+        .context("running pjdfstest")?;
+    let said = text(&output);
+    let summary = said.lines().find(|line| line.starts_with("Summary:")).context(said.clone())?;
+    println!("{summary}");
+    for line in said.lines().filter(|line| line.contains("FAILED") || line.contains("skipped")) {
+        println!("{line}");
+    }
+    ensure!(summary.starts_with("Summary: 0 failed,"), "{said}");
+    let passed: u32 =
+        summary.split(", ").find_map(|part| part.strip_suffix(" passed")?.parse().ok()).unwrap_or(0);
+    ensure!(passed >= 380, "{summary}: the suite was not run");
+    daemon.stop()?;
+    fsck_clean(&scratch)
+}

@@ -600,3 +600,6 @@ impl AsRef<[u8]> for ControllerInfo {
         self.raw.as_bytes()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -639,3 +639,6 @@ fn substitute(buffer: DmaBuffer) -> Option<DmaBuffer> {
     buffer.quarantine();
     copied
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,6 +15,9 @@ use reactor::clock::{Clock, Instant, SystemClock};
 use reactor::dma::DmaRegion;
 use thiserror::Error;
 
+#[cfg(test)]
+pub(crate) mod fake;
+
 /// Why the way to the controller failed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]

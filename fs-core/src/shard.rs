@@ -14,7 +14,7 @@
 //!
 //! Invariants:
 //! - everything here is `!Send` and used by one reactor; other threads reach a shard by its mailboxes, its delalloc
-//!   queue and its space counter, all in [`ShardShared`];
+//!   queue and its space counter, all in [`crate::volume::ShardShared`];
 //! - a request runs only after the delalloc queues were drained up to the tails seen at that moment, so whoever sends
 //!   a request after a write was acknowledged sees that write;
 //! - no tree node is evicted while a prepared transaction or a checkpoint needs it.
@@ -35,7 +35,7 @@ use crate::locks::{InodeClass, MmapClass, RangeLock, WholeLock};
 use crate::namespace::NamespaceState;
 use crate::tree::{NODE_BLOCKS, NodeImage, Tree, TreeIdentity, TreeRoot};
 use crate::types::{BlockCount, BlockNr, Epoch, InodeNr, ShardId};
-use crate::volume::{ShardReport, ShardShared, VolumeShared};
+use crate::volume::{ShardReport, VolumeShared};
 
 use self::epoch::EpochGate;
 use self::message::{PeerCall, PeerMessage, PeerReply, RequestMessage};
@@ -200,6 +200,10 @@ impl Shard {
                 self.flush_all().await?;
                 Ok(PeerReply::Done)
             }
+            PeerCall::FinishDeletions => {
+                self.finish_deletions().await;
+                Ok(PeerReply::Done)
+            }
             PeerCall::SurrenderGroup => Ok(PeerReply::Transfer(self.alloc.borrow_mut().surrender())),
             PeerCall::Recover => {
                 self.recover_orphans().await?;
@@ -287,11 +291,6 @@ impl Shard {
     pub(crate) fn hold_nodes(self: &Rc<Self>) -> NodeHold {
         self.eviction_holds.set(self.eviction_holds.get() + 1);
         NodeHold { shard: Rc::clone(self) }
-    }
-
-    /// What other threads may touch of this shard.
-    pub(crate) fn shared(&self) -> &ShardShared {
-        self.volume.shard(self.id)
     }
 
     fn report(&self) -> ShardReport {

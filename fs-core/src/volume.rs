@@ -291,7 +291,8 @@ impl Volume {
         if self.shared.stopping.swap(true, Ordering::AcqRel) {
             return Err(FsError::ShuttingDown);
         }
-        let synced = self.shared.sync_volume().await;
+        let deleted = call_all(&self.shared, |_| PeerCall::FinishDeletions).await.map(|_| ());
+        let synced = deleted.and(self.shared.sync_volume().await);
         for shard in &self.shared.shards {
             // An error means that the shard has already ended.
             let _ended = shard.requests.send(RequestMessage::Stop).await;

@@ -91,6 +91,11 @@ impl Shard {
         self.names.deleters.set(self.names.deleters.get() - 1);
     }
 
+    /// Whether unlinked inodes are being deleted.
+    pub(crate) fn has_deletions(&self) -> bool {
+        self.names.deletions.get() > 0
+    }
+
     /// Waits until the deletions that have begun by now, and those that begin meanwhile, have ended. For callers that
     /// hold no lock.
     pub(crate) async fn finish_deletions(&self) {

@@ -65,11 +65,6 @@ impl EpochGate {
         self.current.get()
     }
 
-    /// Whether the current epoch has changed anything on this shard.
-    pub(crate) fn changed(&self) -> bool {
-        self.changed.get()
-    }
-
     /// Notes that the current epoch changes something.
     pub(crate) fn mark_changed(&self) {
         self.changed.set(true);

@@ -37,6 +37,8 @@ pub(crate) enum PeerCall {
     Durable(Epoch),
     /// Write all data accepted before now. → [`PeerReply::Done`]
     FlushData,
+    /// Wait until unlinked inodes that nobody uses are deleted. → [`PeerReply::Done`]
+    FinishDeletions,
     /// Give an empty allocation group away. → [`PeerReply::Transfer`]
     SurrenderGroup,
     /// Finish what a crash interrupted. → [`PeerReply::Done`]

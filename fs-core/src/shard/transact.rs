@@ -6,6 +6,9 @@
 //! Order of resources: space first, then the epoch; nothing is awaited between entering the epoch and the end of the
 //! commit. See [`crate::batch`] for what a plan may do.
 
+use std::pin::pin;
+use std::time::Duration;
+
 use crate::alloc::{FreeError, Priority, Reservation};
 use crate::batch::{Batch, BatchContext, Changes, Interrupt, Plan};
 use crate::error::FsError;
@@ -17,6 +20,9 @@ use super::message::{PeerCall, PeerReply};
 
 /// Checkpoints that the search for space may cost: what an epoch frees is reusable when the next is durable.
 const RECLAIM_CHECKPOINTS: u32 = 2;
+
+/// How long the search for space waits for deletions.
+const DELETION_WAIT: Duration = Duration::from_secs(10);
 
 /// What a transaction may cost at most.
 #[derive(Clone, Copy, Debug)]
@@ -148,7 +154,7 @@ impl Shard {
         assert_eq!(epoch, self.epochs.current(), "a commit happens in the epoch just entered");
         let (value, changes) = {
             let tree = self.tree.borrow();
-            let mut batch = Batch::new(&tree, self.batch_context(epoch));
+            let mut batch = Batch::new(&tree, self.batch_context(self.epochs.current()));
             let value = plan(&mut batch)?;
             let changes = batch.finish();
             for key in changes.items.keys() {
@@ -191,8 +197,9 @@ impl Shard {
         BatchContext { shard: self.id, now: self.ctx.wall(), epoch, hash_seed: self.volume.hash_seed }
     }
 
-    /// Reserves space. When there is none, first closes epochs (what they freed becomes free) and asks other shards
-    /// for an empty group. Takes no lock and waits for none, so it may be called with inode and range locks held.
+    /// Reserves space. When there is none, asks other shards for an empty group, waits for the deletions that are
+    /// under way, and closes epochs (what they freed becomes free). Takes no lock, and gives up waiting for those who
+    /// do, so it may be called with inode and range locks held.
     ///
     /// # Errors
     /// [`FsError::NoSpace`] if all that did not help.
@@ -210,12 +217,22 @@ impl Shard {
             if self.adopt_group().await? {
                 continue;
             }
-            if checkpoints == RECLAIM_CHECKPOINTS || self.counter.pinned() == 0 {
+            if priority == Priority::Normal && self.has_deletions() {
+                self.wait_for_deletions().await;
+            }
+            if checkpoints == RECLAIM_CHECKPOINTS {
                 return Err(FsError::NoSpace);
             }
             checkpoints += 1;
             self.volume.checkpoint_now().await?;
         }
+    }
+
+    /// Waits until what is being deleted is gone, but not for ever: a deletion may wait for a lock of the caller's.
+    async fn wait_for_deletions(&self) {
+        let deletions = pin!(self.finish_deletions());
+        let limit = self.ctx.sleep(DELETION_WAIT);
+        futures_util::future::select(deletions, pin!(limit)).await;
     }
 
     /// Asks the other shards for an empty group; `false` if none can spare one.

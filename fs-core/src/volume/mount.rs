@@ -7,7 +7,7 @@
 //! 2. Write the next superblock generation, of the same epoch, with a new incarnation. From now on this generation
 //!    and the one before name the same state.
 //! 3. Start each shard on its reactor, then the coordinator.
-//! 4. Finish in the background what a crash has interrupted.
+//! 4. Finish the truncations that a crash has interrupted, and begin to delete what it left without a name.
 //!
 //! Mounting takes time in proportion to the number of groups, not of files or extents.
 //!
@@ -136,7 +136,8 @@ impl Volume {
         spawn(ctx, coordinator.run(checkpoints)).map_err(failed)?;
         spawn(ctx, keep_commit_interval(ctx.clone(), Arc::clone(&shared), options.commit_interval))
             .map_err(failed)?;
-        spawn(ctx, recover(Arc::clone(&shared))).map_err(failed)?;
+        // Truncations are finished before anyone can write behind their end; deletions go on in the background.
+        call_all(&shared, |_| PeerCall::Recover).await.map_err(failed)?;
         Ok(Self { shared })
     }
 
@@ -287,13 +288,5 @@ impl StartShard {
         spawn(ctx, Rc::clone(&shard).serve_requests(mailboxes.requests))?;
         spawn(ctx, Rc::clone(&shard).serve_peers(mailboxes.peers))?;
         spawn(ctx, shard.write_back_in_background())
-    }
-}
-
-/// Finishes what a crash has interrupted.
-async fn recover(volume: Arc<VolumeShared>) {
-    match call_all(&volume, |_| PeerCall::Recover).await {
-        Ok(_) | Err(FsError::ShuttingDown) => {}
-        Err(error) => tracing::warn!(%error, "unfinished deletions stay for the next mount"),
     }
 }

@@ -22,6 +22,9 @@ const NOT_MOUNTING: &[&str] = &["--workspace", "--exclude", "hw-tests"];
 /// Crates of the mount tier.
 const MOUNT_CRATES: &[&str] = &["--package", "pollux-tools", "--package", "hw-tests"];
 
+/// Test programs from the crate registry, kept in `target/tools`. Installing one that is there does nothing.
+const INSTALLED_TOOLS: &[&str] = &["pjdfstest@0.2.2"];
+
 /// Which tiers run.
 #[derive(Args)]
 pub(crate) struct TestOptions {
@@ -69,6 +72,11 @@ fn mount(steps: &mut Steps, runner: Runner) {
             "--bins",
         ],
     );
+    let tools = steps.root().join("target/tools");
+    for tool in INSTALLED_TOOLS {
+        let arguments = ["install", "--quiet", "--locked", "--root", &tools.to_string_lossy(), tool];
+        steps.cargo(&format!("install {tool}"), &arguments);
+    }
     runner.mount(steps);
 }
 

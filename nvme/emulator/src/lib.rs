@@ -1,1 +1,46 @@
-//! Placeholder of the workspace skeleton; replaced by the crate's first slice.
+//! An NVMe controller in software, embeddable in any process.
+//!
+//! A real controller: register file with the reset handshake, admin and I/O queues with round-robin arbitration, the
+//! commands and statuses of NVM Express 1.4, over sparse memory or a sparse file. A driver reaches it as it would reach
+//! a PCI function: registers by [`EmulatedController::read32`] and friends, memory through a [`DmaSpace`], interrupts by
+//! eventfd. It reads and writes only what was mapped; whatever else it is pointed at fails the command and is logged.
+//!
+//! ```text
+//!  host ── read32/write32/doorbell ──► controller ──► handshake (CC.EN, CSTS.RDY, shutdown)
+//!                                          │
+//!                             queue: fetch │ post ──► interrupt
+//!                                          ▼
+//!                         admin (queue 0)     io (queues 1…)
+//!                                                │ prp: data pointer → mapped memory
+//!                                                ▼
+//!                                            namespace ──► store: memory │ file │ write_cache over either
+//! ```
+//!
+//! [`Mode`] says on whose thread commands run: the caller's (deterministic), or the controller's own.
+
+mod admin;
+mod config;
+mod controller;
+mod dma;
+mod error;
+mod handshake;
+mod interrupt;
+mod io;
+mod locks;
+mod namespace;
+mod power_cut;
+mod prp;
+mod queue;
+mod registers;
+mod store;
+mod worker;
+
+pub use config::{
+    Backing, ControllerConfig, CreateMode, DEFAULT_LBA_SIZE, MAX_DSTRD, MAX_IO_QUEUES, MAX_NAMESPACE_BYTES,
+    MAX_NAMESPACES, MAX_NSID, MAX_WORKERS, Mode, NamespaceConfig, SUPPORTED_ONCS, ThreadOptions, WriteCache,
+};
+pub use controller::{Counters, EmulatedController, QueueCounters};
+pub use dma::{DmaDirection, DmaError, DmaFault, DmaSpace, MAX_LOGGED_DMA_FAULTS, MAX_REGIONS, MappedRegion};
+pub use error::EmulatorError;
+pub use interrupt::VectorMask;
+pub use power_cut::{CutPolicy, CutReport, Tear};

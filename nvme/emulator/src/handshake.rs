@@ -1,0 +1,152 @@
+//! Enabling, resetting, shutting down, losing power: the transitions of `registers` carried out.
+//!
+//! Invariants: one at a time (`Core::handshake`); a transition to `Disabled` ends with every queue gone and no command
+//! executing, and only then does CSTS say so.
+//!
+//! With threads, CC is acted on by thread 0, so the host sees the handshake take its time; otherwise within the write.
+
+use std::sync::atomic::Ordering;
+
+use nvme_spec::registers::{Aqa, Cc, Csts, shst};
+
+use crate::config::Mode;
+use crate::controller::Core;
+use crate::dma::DmaDirection;
+use crate::interrupt::{MASK_REGISTER, MASK_VECTOR};
+use crate::locks::lock;
+use crate::power_cut::{CutPolicy, CutReport, PowerCut};
+use crate::queue::{CompletionQueue, RingShape, SubmissionQueue};
+use crate::registers::{Event, State};
+
+/// Memory page of 4 KiB as a power of two; CC.MPS counts from there.
+const MIN_PAGE_SHIFT: u32 = 12;
+
+impl Core {
+    /// A write to CC (§3.1.5).
+    pub(crate) fn write_cc(&self, value: u32) {
+        let before = self.registers.set_cc(value);
+        if before.en() && !Cc::from(value).en() {
+            self.reset_requested.store(true, Ordering::Release);
+        }
+        match self.config.mode {
+            Mode::Inline | Mode::Stepped => self.apply_cc(),
+            Mode::Threaded(_) => self.workers.request_handshake(),
+        }
+    }
+
+    /// Brings the controller's state in line with CC.
+    pub(crate) fn apply_cc(&self) {
+        let _one_at_a_time = lock(&self.handshake);
+        if self.reset_requested.swap(false, Ordering::AcqRel) {
+            self.reset();
+        }
+        let cc = self.registers.cc();
+        if cc.en() && self.registers.state() == State::Disabled {
+            self.start(cc);
+        }
+        if cc.shn() != 0 && self.registers.csts().shst() == shst::NORMAL {
+            self.shut_down();
+        }
+    }
+
+    /// EN from 0 to 1: checks the settings, sets up the admin queue, becomes ready (§7.6.1).
+    fn start(&self, cc: Cc) {
+        if let Err(why) = self.install_admin_queue(cc) {
+            tracing::error!(why, "controller cannot be enabled");
+            self.registers.apply(Event::Fatal);
+            self.registers.update_csts(|csts| csts.with_cfs(true));
+            return;
+        }
+        lock(&self.admin).clean_shutdown = false;
+        self.registers.apply(Event::Enable);
+        self.registers.update_csts(|csts| csts.with_rdy(true));
+    }
+
+    fn install_admin_queue(&self, cc: Cc) -> Result<(), &'static str> {
+        if cc.css() != 0 {
+            return Err("CC.CSS selects a command set that is not supported");
+        }
+        if cc.ams() != 0 {
+            return Err("CC.AMS selects an arbitration that is not supported");
+        }
+        if cc.mps() > self.config.mpsmax {
+            return Err("CC.MPS is beyond CAP.MPSMAX");
+        }
+        let aqa = Aqa::from(self.registers.aqa.load(Ordering::Acquire));
+        if aqa.asqs_z() == 0 || aqa.acqs_z() == 0 {
+            return Err("AQA gives an admin queue fewer than two entries");
+        }
+        let sq = RingShape {
+            iova: self.registers.asq.load(Ordering::Acquire),
+            entries: u32::from(aqa.asqs_z()) + 1,
+        };
+        let cq = RingShape {
+            iova: self.registers.acq.load(Ordering::Acquire),
+            entries: u32::from(aqa.acqs_z()) + 1,
+        };
+        let mut view = self.dma.view();
+        view.resolve(sq.iova, u64::from(sq.entries) * nvme_spec::SQE_BYTES as u64, DmaDirection::FromHost)
+            .map_err(|_| "ASQ is not mapped")?;
+        view.resolve(cq.iova, u64::from(cq.entries) * nvme_spec::CQE_BYTES as u64, DmaDirection::ToHost)
+            .map_err(|_| "ACQ is not mapped")?;
+        let page_shift = MIN_PAGE_SHIFT + u32::from(cc.mps());
+        let queue = CompletionQueue::new(cq, Some(0), &self.dma);
+        self.completion[0].install(&mut lock(&self.completion[0].queue), queue);
+        let queue = SubmissionQueue::new(sq, 0, page_shift, &self.dma);
+        self.submission[0].install(&mut lock(&self.submission[0].queue), queue);
+        Ok(())
+    }
+
+    /// EN from 1 to 0, and the first part of a power cut.
+    fn reset(&self) {
+        self.registers.apply(Event::Disable);
+        // From here on no command is begun; taking each lock waits for the one being executed. Queue 0 first: it may
+        // be creating another.
+        for slot in &self.submission {
+            slot.remove(&mut lock(&slot.queue));
+        }
+        for slot in &self.completion {
+            slot.remove(&mut lock(&slot.queue));
+        }
+        self.reset_features();
+        lock(&self.admin).forget_commands();
+        for vector in &self.vectors {
+            vector.reset(MASK_REGISTER);
+        }
+        self.registers.update_csts(|_| Csts::new());
+    }
+
+    /// CC.SHN: stops executing and makes everything durable (§7.6.2).
+    fn shut_down(&self) {
+        self.registers.update_csts(|csts| csts.with_shst(shst::OCCURRING));
+        self.registers.apply(Event::ShutdownNotice);
+        for slot in &self.submission {
+            drop(lock(&slot.queue)); // waits for a command being executed
+        }
+        for namespace in &self.namespaces {
+            if let Err(status) = namespace.flush() {
+                tracing::error!(nsid = %namespace.nsid(), %status, "flush at shutdown failed");
+            }
+        }
+        lock(&self.admin).clean_shutdown = true;
+        self.registers.update_csts(|csts| csts.with_shst(shst::COMPLETE));
+    }
+
+    /// Power fails and returns.
+    pub(crate) fn power_cut(&self, policy: CutPolicy) -> CutReport {
+        let _one_at_a_time = lock(&self.handshake);
+        self.reset_requested.store(false, Ordering::Release);
+        self.reset();
+        self.registers.power_on();
+        for vector in &self.vectors {
+            vector.reset(MASK_REGISTER | MASK_VECTOR);
+        }
+        lock(&self.admin).power_returned();
+        let mut cut = PowerCut::new(policy);
+        let mut report = CutReport::default();
+        for namespace in &self.namespaces {
+            report.add(namespace.store().power_cut(&mut cut));
+        }
+        report
+    }
+}

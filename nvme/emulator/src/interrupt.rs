@@ -1,0 +1,121 @@
+//! Interrupt vectors: MSI-X in spirit, an eventfd each in practice.
+//!
+//! Invariants: a message for a masked vector is kept as pending (one bit, as MSI-X does) and sent when the mask is lifted.
+//! There are two masks, that of the vector and that of the registers INTMS/INTMC; either holds a message back.
+//!
+//! Memory ordering: `state` changes by read-modify-write only, so of a poster and an unmasker that race at least one
+//! sends.
+//!
+//! Excludes: deciding when a message is due (`queue`, `controller`).
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+use crate::locks::lock;
+
+/// The vector itself is masked.
+pub(crate) const MASK_VECTOR: u8 = 1 << 0;
+/// The vector is masked through INTMS.
+pub(crate) const MASK_REGISTER: u8 = 1 << 1;
+const PENDING: u8 = 1 << 7;
+const MASKS: u8 = MASK_VECTOR | MASK_REGISTER;
+
+/// Whether a vector's messages are let through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VectorMask {
+    /// Messages are kept as one pending message.
+    Masked,
+    /// Messages are sent; a pending one at once.
+    Unmasked,
+}
+
+/// One vector.
+#[derive(Debug, Default)]
+pub(crate) struct Vector {
+    state: AtomicU8,
+    eventfd: Mutex<Option<OwnedFd>>,
+    sent: AtomicU64,
+}
+
+impl Vector {
+    pub(crate) fn connect(&self, eventfd: Option<OwnedFd>) {
+        *lock(&self.eventfd) = eventfd;
+    }
+
+    pub(crate) fn raise(&self) {
+        let state = self.state.load(Ordering::Acquire);
+        if state & MASKS != 0 && self.state.fetch_or(PENDING, Ordering::AcqRel) & MASKS != 0 {
+            return;
+        }
+        self.send();
+    }
+
+    pub(crate) fn mask(&self, which: u8) {
+        self.state.fetch_or(which, Ordering::AcqRel);
+    }
+
+    pub(crate) fn unmask(&self, which: u8) {
+        let before = self.state.fetch_and(!which, Ordering::AcqRel);
+        if before & PENDING != 0 && before & MASKS & !which == 0 {
+            self.send();
+        }
+    }
+
+    /// Whether the register mask holds the vector back.
+    pub(crate) fn is_register_masked(&self) -> bool {
+        self.state.load(Ordering::Acquire) & MASK_REGISTER != 0
+    }
+
+    /// Forgets masks and what is pending; the connection stays.
+    pub(crate) fn reset(&self, which: u8) {
+        self.state.fetch_and(!(which | PENDING), Ordering::AcqRel);
+    }
+
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    fn send(&self) {
+        self.state.fetch_and(!PENDING, Ordering::AcqRel);
+        let guard = lock(&self.eventfd);
+        let Some(eventfd) = guard.as_ref() else { return };
+        self.sent.fetch_add(1, Ordering::Relaxed);
+        // A full counter (EAGAIN) means that the host has not read the earlier messages: it is told already.
+        if let Err(errno) = nix::unistd::write(eventfd.as_fd(), &1u64.to_ne_bytes())
+            && errno != nix::errno::Errno::EAGAIN
+        {
+            tracing::error!(%errno, "interrupt eventfd cannot be written");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::eventfd::{EfdFlags, EventFd};
+
+    fn read(eventfd: &EventFd) -> Option<u64> {
+        eventfd.read().ok()
+    }
+
+    #[test]
+    fn masked_message_is_sent_once_when_the_last_mask_is_lifted() {
+        let eventfd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+        let vector = Vector::default();
+        vector.connect(Some(eventfd.as_fd().try_clone_to_owned().unwrap()));
+        vector.raise();
+        assert_eq!(read(&eventfd), Some(1));
+        vector.mask(MASK_VECTOR);
+        vector.mask(MASK_REGISTER);
+        vector.raise();
+        vector.raise();
+        vector.unmask(MASK_VECTOR);
+        assert_eq!(read(&eventfd), None);
+        vector.unmask(MASK_REGISTER);
+        assert_eq!(read(&eventfd), Some(1));
+        vector.mask(MASK_VECTOR);
+        vector.unmask(MASK_VECTOR);
+        assert_eq!(read(&eventfd), None);
+    }
+}

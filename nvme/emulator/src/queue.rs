@@ -1,0 +1,382 @@
+//! Submission and completion queues as the controller holds them.
+//!
+//! Owns: ring positions, the phase tag, fetching and posting of entries, the doorbells' values and their checks.
+//!
+//! Invariants:
+//! - a submission slot's `queue` is used by one thread at a time (its lock); different queues never share a lock but that
+//!   of a completion queue they both complete to;
+//! - an entry is posted only where the host has freed a slot (head doorbell), so no unread completion is overwritten;
+//! - locks are taken in the order: submission queue 0, submission queue n, completion queue, the controller's own.
+//!
+//! Memory ordering:
+//! - a doorbell value is stored with release and loaded with acquire order: what the host wrote before ringing is seen;
+//! - the dword with the phase tag is stored last, with release order; the host's partner is its acquire load of it;
+//! - `stalled` and the head doorbell form a store-load pair on both sides, each with a sequentially consistent fence in
+//!   between: either the poster sees the freed slot or the doorbell write sees that someone is stalled.
+//!
+//! Excludes: what commands mean.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+
+use nvme_spec::completion::PHASE_DWORD_OFFSET;
+use nvme_spec::{CQE_BYTES, CompletionEntry, SQE_BYTES, SubmissionEntry};
+use vm_memory::Bytes;
+use zerocopy::{FromZeros, IntoBytes};
+
+use crate::dma::{DmaDirection, DmaSpace, DmaView, SegmentList, Unmapped};
+
+/// Commands that one queue may have marked for abortion before they are fetched.
+pub(crate) const MAX_MARKED_ABORTS: usize = 64;
+
+/// Where and how large a ring is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RingShape {
+    pub(crate) iova: u64,
+    /// Entries, at least 2.
+    pub(crate) entries: u32,
+}
+
+impl RingShape {
+    fn next(self, index: u32) -> u32 {
+        if index + 1 == self.entries { 0 } else { index + 1 }
+    }
+
+    /// Steps forward from `from` to `to`.
+    fn distance(self, from: u32, to: u32) -> u32 {
+        if to >= from { to - from } else { to + self.entries - from }
+    }
+}
+
+/// What a doorbell write was found to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DoorbellCheck {
+    Accepted,
+    /// There is no such queue.
+    NoQueue,
+    /// The value is outside the ring, or frees entries that were never posted.
+    BadValue,
+}
+
+/// A submission queue's place in the controller; the queue itself comes and goes.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(crate) struct SubmissionSlot {
+    /// Entries; 0 while there is no queue. Published last at creation.
+    entries: AtomicU32,
+    tail: AtomicU32,
+    /// Where the controller is, for completions that are posted from elsewhere.
+    head: AtomicU32,
+    cqid: AtomicU16,
+    /// The completion queue was full: there is nothing to do before it is kicked.
+    blocked: AtomicBool,
+    /// Its completion queue got room.
+    kicked: AtomicBool,
+    pub(crate) queue: Mutex<Option<SubmissionQueue>>,
+    pub(crate) stats: QueueStats,
+}
+
+/// Counters of one queue. Written by whoever holds the queue, except `doorbells`.
+#[derive(Debug, Default)]
+pub(crate) struct QueueStats {
+    pub(crate) doorbells: AtomicU64,
+    pub(crate) commands: AtomicU64,
+    pub(crate) reads: AtomicU64,
+    pub(crate) writes: AtomicU64,
+    pub(crate) sectors_read: AtomicU64,
+    pub(crate) sectors_written: AtomicU64,
+}
+
+/// Adds to a counter that has one writer at a time: no locked instruction.
+#[inline]
+pub(crate) fn bump(counter: &AtomicU64, by: u64) {
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(by), Ordering::Relaxed);
+}
+
+impl SubmissionSlot {
+    pub(crate) fn exists(&self) -> bool {
+        self.entries.load(Ordering::Acquire) != 0
+    }
+
+    pub(crate) fn cqid(&self) -> u16 {
+        self.cqid.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn tail(&self) -> u32 {
+        self.tail.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn head(&self) -> u32 {
+        self.head.load(Ordering::Relaxed)
+    }
+
+    /// Whether there is something to do: entries to fetch, or a completion to post at last.
+    pub(crate) fn has_work(&self) -> bool {
+        self.exists()
+            && (self.kicked.load(Ordering::Acquire)
+                || (!self.blocked.load(Ordering::Acquire) && self.tail() != self.head()))
+    }
+
+    /// Says that the completion queue got room.
+    pub(crate) fn kick(&self) {
+        self.kicked.store(true, Ordering::Release);
+    }
+
+    /// Takes note of a kick before looking at the completion queue.
+    pub(crate) fn take_kick(&self) {
+        if self.kicked.load(Ordering::Relaxed) {
+            self.kicked.store(false, Ordering::Relaxed);
+            // The kick is taken before the completion queue is looked at: a later one is not lost.
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    /// Notes whether the queue waits for room in its completion queue.
+    pub(crate) fn set_blocked(&self, blocked: bool) {
+        if self.blocked.load(Ordering::Relaxed) != blocked {
+            self.blocked.store(blocked, Ordering::Release);
+        }
+    }
+
+    /// Puts a queue in place. The caller holds `queue`'s lock and passes what it guards.
+    pub(crate) fn install(&self, place: &mut Option<SubmissionQueue>, queue: SubmissionQueue) {
+        self.tail.store(0, Ordering::Relaxed);
+        self.head.store(0, Ordering::Relaxed);
+        self.cqid.store(queue.cqid, Ordering::Relaxed);
+        self.blocked.store(false, Ordering::Relaxed);
+        self.kicked.store(false, Ordering::Relaxed);
+        let entries = queue.ring.entries;
+        *place = Some(queue);
+        // Release: who sees the queue exist sees its zeroed positions.
+        self.entries.store(entries, Ordering::Release);
+    }
+
+    /// Takes the queue away. The caller holds `queue`'s lock.
+    pub(crate) fn remove(&self, place: &mut Option<SubmissionQueue>) {
+        self.entries.store(0, Ordering::Release);
+        *place = None;
+    }
+
+    /// Notes a new tail.
+    #[inline]
+    pub(crate) fn ring_doorbell(&self, tail: u32) -> DoorbellCheck {
+        self.stats.doorbells.fetch_add(1, Ordering::Relaxed);
+        match self.entries.load(Ordering::Acquire) {
+            0 => DoorbellCheck::NoQueue,
+            entries if tail >= entries => DoorbellCheck::BadValue,
+            _ => {
+                self.tail.store(tail, Ordering::Release);
+                DoorbellCheck::Accepted
+            }
+        }
+    }
+}
+
+/// A submission queue.
+#[derive(Debug)]
+pub(crate) struct SubmissionQueue {
+    ring: RingShape,
+    cqid: u16,
+    head: u32,
+    /// Memory page of this enabling, as a power of two.
+    pub(crate) page_shift: u32,
+    pub(crate) view: DmaView,
+    pub(crate) segments: SegmentList,
+    /// A completion for which there was no room yet; nothing is fetched before it is posted.
+    pub(crate) unposted: Option<CompletionEntry>,
+    /// Ring indices of waiting commands that are to be aborted when they are reached.
+    aborts: Vec<u32>,
+}
+
+impl SubmissionQueue {
+    pub(crate) fn new(ring: RingShape, cqid: u16, page_shift: u32, dma: &DmaSpace) -> Self {
+        Self {
+            ring,
+            cqid,
+            head: 0,
+            page_shift,
+            view: dma.view(),
+            segments: SegmentList::default(),
+            unposted: None,
+            aborts: Vec::new(),
+        }
+    }
+
+    /// Fetches the next entry if there is one before `tail`, and moves the head past it. The flag says whether the
+    /// command was marked for abortion.
+    #[inline]
+    pub(crate) fn fetch(
+        &mut self,
+        slot: &SubmissionSlot,
+    ) -> Result<Option<(SubmissionEntry, bool)>, Unmapped> {
+        if self.head == slot.tail() {
+            return Ok(None);
+        }
+        self.view.refresh();
+        let entry = self.entry_at(self.head)?;
+        let aborted = !self.aborts.is_empty() && self.take_abort();
+        self.head = self.ring.next(self.head);
+        slot.head.store(self.head, Ordering::Relaxed);
+        Ok(Some((entry, aborted)))
+    }
+
+    fn entry_at(&mut self, index: u32) -> Result<SubmissionEntry, Unmapped> {
+        let mut entry = SubmissionEntry::new_zeroed();
+        let iova = self.ring.iova + u64::from(index) * SQE_BYTES as u64;
+        self.view.read(iova, entry.as_mut_bytes())?;
+        Ok(entry)
+    }
+
+    fn take_abort(&mut self) -> bool {
+        let found = self.aborts.iter().position(|index| *index == self.head);
+        found.map(|i| self.aborts.swap_remove(i)).is_some()
+    }
+
+    /// Marks the waiting command `cid`; false if there is none, or too many are marked.
+    pub(crate) fn mark_abort(&mut self, slot: &SubmissionSlot, cid: u16) -> bool {
+        let tail = slot.tail();
+        self.view.refresh();
+        let mut index = self.head;
+        while index != tail && self.aborts.len() < MAX_MARKED_ABORTS {
+            match self.entry_at(index) {
+                Ok(entry) if entry.cid.get() == cid && !self.aborts.contains(&index) => {
+                    self.aborts.push(index);
+                    return true;
+                }
+                Ok(_) => index = self.ring.next(index),
+                Err(Unmapped) => return false,
+            }
+        }
+        false
+    }
+
+    pub(crate) fn head(&self) -> u32 {
+        self.head
+    }
+}
+
+/// A completion queue's place in the controller.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(crate) struct CompletionSlot {
+    entries: AtomicU32,
+    /// What the host has freed up to.
+    head: AtomicU32,
+    /// What has been posted up to; stored before the entry becomes visible.
+    tail: AtomicU32,
+    /// A submission queue waits for room.
+    stalled: AtomicBool,
+    pub(crate) queue: Mutex<Option<CompletionQueue>>,
+    pub(crate) doorbells: AtomicU64,
+}
+
+/// A completion queue.
+#[derive(Debug)]
+pub(crate) struct CompletionQueue {
+    ring: RingShape,
+    tail: u32,
+    phase: bool,
+    /// Interrupt vector, if interrupts are enabled.
+    pub(crate) vector: Option<u16>,
+    view: DmaView,
+}
+
+/// How posting went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Posted {
+    /// The host can see the entry; this vector may be told.
+    Yes(Option<u16>),
+    /// No room now.
+    Full,
+    /// There is no queue.
+    Gone,
+    /// The queue's memory is not mapped.
+    Unmapped,
+}
+
+impl CompletionQueue {
+    pub(crate) fn new(ring: RingShape, vector: Option<u16>, dma: &DmaSpace) -> Self {
+        Self { ring, tail: 0, phase: true, vector, view: dma.view() }
+    }
+
+    fn store(&mut self, entry: &CompletionEntry) -> Result<(), Unmapped> {
+        self.view.refresh();
+        let iova = self.ring.iova + u64::from(self.tail) * CQE_BYTES as u64;
+        let place = self.view.resolve(iova, CQE_BYTES as u64, DmaDirection::ToHost)?;
+        let slice = self.view.slice(place, CQE_BYTES);
+        let (first, last) = entry.as_bytes().split_at(PHASE_DWORD_OFFSET);
+        slice.write_slice(first, 0).map_err(|_| Unmapped)?;
+        let last = u32::from_ne_bytes(last.try_into().expect("the phase dword ends the entry"));
+        // Release: partner of the host's acquire load of the phase tag.
+        slice.store(last, PHASE_DWORD_OFFSET, Ordering::Release).map_err(|_| Unmapped)
+    }
+}
+
+impl CompletionSlot {
+    pub(crate) fn exists(&self) -> bool {
+        self.entries.load(Ordering::Acquire) != 0
+    }
+
+    pub(crate) fn install(&self, place: &mut Option<CompletionQueue>, queue: CompletionQueue) {
+        self.head.store(0, Ordering::Relaxed);
+        self.tail.store(0, Ordering::Relaxed);
+        self.stalled.store(false, Ordering::Relaxed);
+        let entries = queue.ring.entries;
+        *place = Some(queue);
+        // Release: who sees the queue exist sees its zeroed positions.
+        self.entries.store(entries, Ordering::Release);
+    }
+
+    pub(crate) fn remove(&self, place: &mut Option<CompletionQueue>) {
+        self.entries.store(0, Ordering::Release);
+        *place = None;
+    }
+
+    /// Notes a new head. The flag says whether a submission queue was waiting for it.
+    #[inline]
+    pub(crate) fn ring_doorbell(&self, head: u32) -> (DoorbellCheck, bool) {
+        self.doorbells.fetch_add(1, Ordering::Relaxed);
+        let entries = self.entries.load(Ordering::Acquire);
+        if entries == 0 {
+            return (DoorbellCheck::NoQueue, false);
+        }
+        let ring = RingShape { iova: 0, entries };
+        let old = self.head.load(Ordering::Relaxed);
+        // The tail is stored before an entry becomes visible, so a host that saw the entry does not exceed it.
+        let posted = ring.distance(old, self.tail.load(Ordering::Acquire));
+        if head >= entries || ring.distance(old, head) > posted {
+            return (DoorbellCheck::BadValue, false);
+        }
+        self.head.store(head, Ordering::Release);
+        // See the module's *Memory ordering*.
+        fence(Ordering::SeqCst);
+        let stalled = self.stalled.load(Ordering::Relaxed) && self.stalled.swap(false, Ordering::AcqRel);
+        (DoorbellCheck::Accepted, stalled)
+    }
+
+    /// Posts an entry with the phase tag of its slot.
+    #[inline]
+    pub(crate) fn post(&self, mut entry: CompletionEntry) -> Posted {
+        let mut guard = crate::locks::lock(&self.queue);
+        let Some(queue) = guard.as_mut() else { return Posted::Gone };
+        let next = queue.ring.next(queue.tail);
+        if next == self.head.load(Ordering::Acquire) {
+            self.stalled.store(true, Ordering::Relaxed);
+            // See the module's *Memory ordering*.
+            fence(Ordering::SeqCst);
+            if next == self.head.load(Ordering::Acquire) {
+                return Posted::Full;
+            }
+        }
+        entry.set_status(entry.status(), queue.phase);
+        self.tail.store(next, Ordering::Release);
+        if queue.store(&entry).is_err() {
+            return Posted::Unmapped;
+        }
+        queue.tail = next;
+        if next == 0 {
+            queue.phase = !queue.phase;
+        }
+        Posted::Yes(queue.vector)
+    }
+}

@@ -1,0 +1,124 @@
+//! The controller's own threads.
+//!
+//! Thread `i` of `n` serves the queues `i`, `i + n`, …; thread 0 also carries out the handshake. A thread that finds
+//! nothing looks on for a while, then announces that it sleeps, looks once more, and parks.
+//!
+//! Memory ordering: `asleep` and the doorbells form a store-load pair on both sides, each with a sequentially consistent
+//! fence in between: either the sleeper sees the doorbell, or the ringer sees the sleeper and wakes it.
+//!
+//! Excludes: what is executed (`controller`).
+
+use std::hint::spin_loop;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+use crate::controller::Core;
+
+/// Spins between two looks at the clock and the queues.
+const SPINS_PER_LOOK: u32 = 32;
+
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Worker {
+    asleep: AtomicBool,
+    thread: OnceLock<Thread>,
+}
+
+/// What the threads and those who wake them share.
+#[derive(Debug)]
+pub(crate) struct WorkerSet {
+    workers: Box<[Worker]>,
+    /// CC was written and thread 0 has not looked yet.
+    handshake: AtomicBool,
+    stopping: AtomicBool,
+}
+
+impl WorkerSet {
+    pub(crate) fn new(count: usize) -> Self {
+        Self {
+            workers: (0..count).map(|_| Worker::default()).collect(),
+            handshake: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+        }
+    }
+
+    /// Wakes the thread that serves queue `qid`, if it sleeps.
+    #[inline]
+    pub(crate) fn wake_for(&self, qid: u16) {
+        self.wake(usize::from(qid) % self.workers.len());
+    }
+
+    pub(crate) fn request_handshake(&self) {
+        self.handshake.store(true, Ordering::Release);
+        self.wake(0);
+    }
+
+    pub(crate) fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        for index in 0..self.workers.len() {
+            self.wake(index);
+        }
+    }
+
+    #[inline]
+    fn wake(&self, index: usize) {
+        // See the module's *Memory ordering*.
+        fence(Ordering::SeqCst);
+        let worker = &self.workers[index];
+        if worker.asleep.load(Ordering::Relaxed)
+            && worker.asleep.swap(false, Ordering::AcqRel)
+            && let Some(thread) = worker.thread.get()
+        {
+            thread.unpark();
+        }
+    }
+}
+
+/// Starts thread `index`.
+pub(crate) fn spawn(core: &Arc<Core>, index: usize, spin: Duration) -> io::Result<JoinHandle<()>> {
+    let core = Arc::clone(core);
+    thread::Builder::new().name(format!("nvme-emu-{index}")).spawn(move || run(&core, index, spin))
+}
+
+fn run(core: &Core, index: usize, spin: Duration) {
+    let set = &core.workers;
+    let me = &set.workers[index];
+    // Set before the first sleep, which is the only thing anyone needs it for.
+    me.thread.get_or_init(thread::current);
+    let step = set.workers.len();
+    let mut idle_since: Option<Instant> = None;
+    while !set.stopping.load(Ordering::Acquire) {
+        let mut busy = false;
+        if index == 0 && set.handshake.swap(false, Ordering::AcqRel) {
+            core.apply_cc();
+            busy = true;
+        }
+        busy |= core.round(index, step) > 0;
+        if busy {
+            idle_since = None;
+        } else if idle_since.get_or_insert_with(Instant::now).elapsed() < spin {
+            (0..SPINS_PER_LOOK).for_each(|_| spin_loop());
+        } else {
+            sleep(core, index, step);
+            idle_since = None;
+        }
+    }
+}
+
+fn sleep(core: &Core, index: usize, step: usize) {
+    let set = &core.workers;
+    let me = &set.workers[index];
+    me.asleep.store(true, Ordering::Relaxed);
+    // See the module's *Memory ordering*.
+    fence(Ordering::SeqCst);
+    let wanted = set.stopping.load(Ordering::Acquire)
+        || (index == 0 && set.handshake.load(Ordering::Acquire))
+        || core.has_work(index, step);
+    if !wanted {
+        thread::park(); // may return early; the caller looks again anyway
+    }
+    me.asleep.store(false, Ordering::Relaxed);
+}

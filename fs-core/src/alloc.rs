@@ -30,4 +30,5 @@ pub use allocator::{Allocator, AllocatorStats, FreeError, FrozenGroups, GroupIma
 pub use counter::{Priority, Reservation, SpaceCounter};
 pub use group::GroupTransfer;
 pub use load::{GroupLoadError, GroupWarning, LoadedGroup, assemble, fresh};
+pub(crate) use read::read_group;
 pub use read::{LoadedGroups, ReadGroupsError, read_groups};

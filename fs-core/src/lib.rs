@@ -4,6 +4,7 @@ pub mod alloc;
 pub mod disk;
 pub mod error;
 pub mod format;
+pub mod fsck;
 pub mod mkfs;
 pub mod request;
 pub mod superblock;

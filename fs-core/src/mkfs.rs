@@ -258,4 +258,4 @@ impl NodeSpace for FirstNodes {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

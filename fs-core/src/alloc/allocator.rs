@@ -2,7 +2,7 @@
 //!
 //! Owns: [`Allocator`], the shard's groups, their pins, and the policy of placement:
 //! - nodes take whole clusters, first fit, so that they stay together and distant groups stay empty;
-//! - short data takes pieces of clusters that are broken already;
+//! - short data takes pieces of clusters that are broken already, if one is long enough;
 //! - long data takes whole clusters, next fit within a group, then the next group; a bounded search settles for the
 //!   longest run it has met;
 //! - whole clusters are broken for data only while none that is promised, and nothing of the floor, would be lost.
@@ -388,7 +388,7 @@ impl Allocator {
     /// Finds room for up to `want` data blocks. There is some: the caller holds a promise.
     fn place_data(&mut self, want: usize) -> (u64, BitRun) {
         if want < CLUSTER_BITS
-            && let Some(place) = self.find_broken(want)
+            && let Some(place) = self.find_broken(want).filter(|(_, run)| run.len == want)
         {
             return place;
         }

@@ -106,6 +106,10 @@ impl Group {
         }
     }
 
+    pub(super) fn used_words(&self) -> &[u64] {
+        self.used.words()
+    }
+
     /// Free blocks that lie in broken clusters.
     pub(super) fn broken_blocks(&self) -> usize {
         self.free_blocks - self.free_clusters * super::bitmap::CLUSTER_BITS

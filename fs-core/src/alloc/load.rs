@@ -68,6 +68,11 @@ impl LoadedGroup {
     pub fn number(&self) -> u64 {
         self.group.number
     }
+
+    /// The bitmap: one bit a block, set where it is used.
+    pub fn used(&self) -> &[u64] {
+        self.group.used_words()
+    }
 }
 
 /// Chooses among the slots of `group` for a volume whose last closed epoch is `closed`.

@@ -85,7 +85,7 @@ pub async fn read_groups(
 ///
 /// # Errors
 /// [`ReadGroupsError::Group`]; [`ReadGroupsError::Io`] if none of its slots can be read.
-async fn read_group(
+pub(crate) async fn read_group(
     disk: &VolumeDisk,
     superblock: &Superblock,
     number: u64,

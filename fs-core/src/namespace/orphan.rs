@@ -19,6 +19,8 @@
 
 use std::rc::Rc;
 
+use futures_util::future::FutureExt;
+
 use crate::batch::{Batch, Plan};
 use crate::error::FsError;
 use crate::format::items::{INTENT, Intent, inode_key, intent_key, symlink_key};
@@ -36,8 +38,8 @@ const MAX_DELETERS: u32 = 4;
 /// Attribute items that one transaction deletes.
 const XATTRS_AT_ONCE: u32 = 16;
 
-/// Items of the last transaction of a deletion: inode, symlink target, intent.
-const FINAL_ITEMS: u32 = 3;
+/// Items of the last transaction of a deletion: inode, symlink target, intents.
+const FINAL_ITEMS: u32 = 4;
 
 /// Intents that recovery reads at once.
 const INTENTS_AT_ONCE: usize = 256;
@@ -124,10 +126,12 @@ impl Shard {
         self.transact(Credit::reserve(FINAL_ITEMS), |batch| delete_record(batch, inode)).await
     }
 
-    /// Goes on with what the last mount did not end: truncations before this returns, deletions in the background.
+    /// Takes up what the last mount did not end: deletions and truncations go on in the background, and a file that is
+    /// being truncated is locked when this returns. To be awaited before the first request is served: an intent that
+    /// is found later may be one that somebody is busy with.
     ///
     /// # Errors
-    /// What stood against reading the intents, or against finishing a truncation.
+    /// What stood against reading the intents.
     pub(crate) async fn recover_orphans(self: &Rc<Self>) -> Result<(), FsError> {
         let mut next = Some(Key::new(0, INTENT, 0, 0));
         while let Some(from) = next {
@@ -137,11 +141,27 @@ impl Shard {
                 let inode = InodeNr::new(key.offset);
                 match intent {
                     Intent::Orphan => self.delete_later(inode),
-                    Intent::Truncate(size) => self.finish_truncation(inode, size).await?,
+                    Intent::Truncate(size) => self.finish_truncation_later(inode, size)?,
                 }
             }
         }
         Ok(())
+    }
+
+    /// Begins to finish a truncation: its locks, which nobody holds yet, are taken in the first step.
+    fn finish_truncation_later(self: &Rc<Self>, inode: InodeNr, size: u64) -> Result<(), FsError> {
+        let shard = Rc::clone(self);
+        let mut finish = Box::pin(async move {
+            if let Err(error) = shard.finish_truncation(inode, size).await {
+                // What was cut off would be seen again if the file grew.
+                shard.volume.fail(&format!("truncation of inode {inode} could not be finished: {error}"));
+            }
+            shard.release_inode(inode);
+        });
+        if finish.as_mut().now_or_never().is_some() {
+            return Ok(());
+        }
+        self.ctx.spawn(finish).map_err(|error| FsError::Io(error.to_string()))
     }
 }
 
@@ -151,6 +171,10 @@ fn delete_record(batch: &mut Batch<'_>, inode: InodeNr) -> Plan<()> {
         batch.delete(symlink_key(inode));
     }
     batch.delete(intent_key(inode, Intent::Orphan));
+    let truncation = intent_key(inode, Intent::Truncate(0));
+    if batch.get(&truncation)?.is_some() {
+        batch.delete(truncation);
+    }
     Ok(())
 }
 

@@ -8,12 +8,14 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet, VecDeque};
 
-use crate::locks::{LockClass, WholeLock};
+use crate::locks::{InodeClass, LockClass, WholeLock};
 use crate::shard::signal::Signal;
 use crate::types::InodeNr;
 
 use super::lockset::{HeldLocks, RenameClass, RenameGuard};
 use super::transaction::{Prepared, TransactionId};
+
+const _: () = assert!(RenameClass::RANK < InodeClass::RANK, "the rename lock comes first");
 
 /// The namespace's own part of a shard.
 pub(crate) struct NamespaceState {
@@ -43,7 +45,6 @@ pub(crate) struct NamespaceState {
 
 impl Default for NamespaceState {
     fn default() -> Self {
-        assert!(RenameClass::RANK < crate::locks::InodeClass::RANK, "the rename lock comes first");
         Self {
             next_transaction: Cell::new(0),
             next_directory: Cell::new(0),

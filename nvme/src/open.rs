@@ -1,0 +1,109 @@
+//! From a [`DeviceSpec`] to a [`Controller`].
+//!
+//! Excludes: parsing (see [`spec_string`](crate::spec_string)).
+
+use std::sync::Arc;
+
+use nvme_emulator::{
+    Backing, ControllerConfig, CreateMode, EmulatedController, EmulatorError, Mode, NamespaceConfig,
+    ThreadOptions,
+};
+use thiserror::Error;
+
+use crate::controller::{BringUpError, Controller, ControllerOptions};
+use crate::spec_string::{DeviceSpec, EmulatedBacking, EmulatedMode, EmulatedSpec, Target};
+use crate::transport::embedded::EmbeddedTransport;
+use crate::transport::{SystemTiming, Timing};
+
+/// Why a device could not be opened.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// A transport of a later version.
+    #[error(
+        "{device}: {transport} devices are not supported yet in this version; use `emu:PATH,size=4GiB` or `emu:mem,size=1GiB`"
+    )]
+    Unsupported {
+        /// The spec.
+        device: String,
+        /// What is missing.
+        transport: &'static str,
+    },
+    /// The embedded controller could not be made.
+    #[error("{device}: {source}")]
+    Emulator {
+        /// The spec.
+        device: String,
+        /// What went wrong.
+        source: EmulatorError,
+    },
+    /// The controller could not be brought up.
+    #[error(transparent)]
+    BringUp(#[from] BringUpError),
+}
+
+/// What opening a device needs beside its spec.
+#[derive(Clone)]
+pub struct OpenOptions {
+    /// Time, for deadlines.
+    pub timing: Arc<dyn Timing>,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self { timing: Arc::new(SystemTiming::default()) }
+    }
+}
+
+/// Opens a device and brings its controller up. Blocks for as long as that takes.
+///
+/// # Errors
+/// The device cannot be opened, with the spec and what to do about it, or its controller cannot be brought up.
+pub fn open(spec: &DeviceSpec, options: OpenOptions) -> Result<Arc<Controller>, OpenError> {
+    let unsupported = |transport| Err(OpenError::Unsupported { device: spec.to_string(), transport });
+    match &spec.target {
+        Target::Emulated(emulated) => {
+            let controller = EmulatedController::new(emulator_config(emulated, spec))
+                .map_err(|source| OpenError::Emulator { device: spec.to_string(), source })?;
+            let transport = EmbeddedTransport::new(controller, device_name(emulated));
+            let controller_options = ControllerOptions { queues: spec.queues, namespace: spec.namespace };
+            Ok(Controller::bring_up(Arc::new(transport), options.timing, &controller_options)?)
+        }
+        Target::Pci(_) => unsupported("PCI"),
+        Target::VfioUser(_) => unsupported("vfio-user"),
+    }
+}
+
+/// The part of a spec that names the device.
+fn device_name(spec: &EmulatedSpec) -> String {
+    match &spec.backing {
+        EmulatedBacking::Memory => "emu:mem".to_owned(),
+        EmulatedBacking::File(path) => format!("emu:{}", path.display()),
+    }
+}
+
+/// What the embedded controller of a spec is made of.
+pub fn emulator_config(spec: &EmulatedSpec, device: &DeviceSpec) -> ControllerConfig {
+    // A flush of a file takes milliseconds, which must not stop a reactor; memory is faster than a change of threads.
+    let (backing, default_mode) = match &spec.backing {
+        EmulatedBacking::Memory => (Backing::Memory, EmulatedMode::Inline),
+        EmulatedBacking::File(path) => {
+            let create =
+                if spec.size.is_some() { CreateMode::OpenOrCreate } else { CreateMode::OpenExisting };
+            (Backing::File { path: path.clone(), create }, EmulatedMode::Threaded)
+        }
+    };
+    let mut config = ControllerConfig::with_namespace(NamespaceConfig {
+        nsid: 1,
+        lba_size: spec.lba.map(crate::spec_string::LbaSize::bytes),
+        size_bytes: spec.size,
+        backing,
+    });
+    config.mode = match spec.mode.unwrap_or(default_mode) {
+        EmulatedMode::Inline => Mode::Inline,
+        EmulatedMode::Threaded => Mode::Threaded(ThreadOptions::default()),
+    };
+    config.mdts = spec.mdts.unwrap_or(config.mdts);
+    config.io_queues = device.queues.unwrap_or(config.io_queues);
+    config
+}

@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::alloc::{FreeError, Priority, Reservation};
 use crate::batch::{Batch, BatchContext, Changes, Interrupt, Plan};
 use crate::error::FsError;
-use crate::tree::{Missing, NodeSpace, max_nodes_per_change};
+use crate::tree::{INNER_CAPACITY, Missing, NodeSpace};
 use crate::types::{BlockNr, Epoch};
 
 use super::Shard;
@@ -23,6 +23,14 @@ const RECLAIM_CHECKPOINTS: u32 = 2;
 
 /// How long the search for space waits for deletions.
 const DELETION_WAIT: Duration = Duration::from_secs(10);
+
+/// Items of a transaction at most. Fewer than half of what an inner node holds, so that no node is split twice by one.
+const MAX_ITEMS: u32 = 128;
+
+/// Nodes at the root that a transaction may copy and make; see [`Shard::nodes_for`].
+const NODES_AT_ROOT: u64 = 3 + 4;
+
+const _: () = assert!((MAX_ITEMS as usize) < INNER_CAPACITY / 2);
 
 /// What a transaction may cost at most.
 #[derive(Clone, Copy, Debug)]
@@ -67,10 +75,15 @@ impl NodeSpace for TransactionSpace<'_> {
 
 impl Shard {
     /// Tree nodes to reserve for `items` changed items.
+    ///
+    /// On every level but the root's, each change copies and makes two nodes at most (a copy and a half of a split,
+    /// or a copy and a copied neighbour). The root is copied once, split once (to split again it would have to fill
+    /// up again) and gets one root above it. Between this and the commit the tree may grow by a level, whose lower
+    /// one has two nodes then, to be copied and split once each.
     pub(crate) fn nodes_for(&self, items: u32) -> u64 {
-        // The tree may have grown by a level when the transaction comes to its commit.
-        let height = self.tree.borrow().height().saturating_add(1);
-        u64::from(items) * max_nodes_per_change(height)
+        assert!(items <= MAX_ITEMS, "a transaction is bounded");
+        let levels = u64::from(self.tree.borrow().height().max(2)) - 1;
+        u64::from(items) * 2 * levels + NODES_AT_ROOT
     }
 
     /// Runs `plan` and commits what it gathered, atomically.
@@ -224,7 +237,7 @@ impl Shard {
                 return Err(FsError::NoSpace);
             }
             checkpoints += 1;
-            self.volume.checkpoint_now().await?;
+            self.close_epoch_for_space().await?;
         }
     }
 
@@ -233,6 +246,15 @@ impl Shard {
         let deletions = pin!(self.finish_deletions());
         let limit = self.ctx.sleep(DELETION_WAIT);
         futures_util::future::select(deletions, pin!(limit)).await;
+    }
+
+    /// Makes the open epoch durable even if nothing has changed in it: what was freed in the one before becomes free
+    /// only then.
+    async fn close_epoch_for_space(&self) -> Result<(), FsError> {
+        if self.counter.pinned() > 0 {
+            self.volume.note_commit(self.id, self.epochs.current());
+        }
+        self.volume.checkpoint_now().await
     }
 
     /// Asks the other shards for an empty group; `false` if none can spare one.

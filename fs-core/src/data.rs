@@ -40,7 +40,6 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::request::Attributes;
 use crate::locks::{Guard, LockClass, LockOrder, WholeLock};
 use crate::shard::signal::Signal;
 use crate::shard::{Inode, Shard};
@@ -243,28 +242,6 @@ impl Drop for DataGuard<'_> {
 }
 
 impl Shard {
-    /// Shows in `attributes`, which come from the record, what accepted writes have changed and no transaction has
-    /// stored yet.
-    pub(crate) fn overlay(&self, nr: InodeNr, attributes: &mut Attributes) {
-        if let Some(inode) = self.inode_in_use(nr) {
-            inode.data.borrow().overlay(attributes);
-        }
-    }
-
-    /// Forgets the times of accepted writes: a transaction, just now, has set the times to something else.
-    pub(crate) fn forget_unsynced_times(&self, nr: InodeNr) {
-        if let Some(inode) = self.inode_in_use(nr) {
-            inode.data.borrow_mut().unsynced.modified = None;
-        }
-    }
-
-    /// Forgets that accepted writes take set-uid bits away: a transaction, just now, has set the permissions.
-    pub(crate) fn forget_unsynced_privileges(&self, nr: InodeNr) {
-        if let Some(inode) = self.inode_in_use(nr) {
-            inode.data.borrow_mut().unsynced.kill_privileges = false;
-        }
-    }
-
     /// Borrows a file's contents for a synchronous change.
     fn data_of<'a>(&'a self, inode: &'a Inode) -> DataGuard<'a> {
         let data = inode.data.borrow_mut();

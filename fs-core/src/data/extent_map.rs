@@ -123,14 +123,6 @@ pub(crate) fn next_extent(batch: &Batch<'_>, inode: InodeNr, offset: u64) -> Pla
     of_inode(inode, batch.next(&key)?)
 }
 
-/// The last extent of `inode` that begins before `offset`.
-pub(crate) fn extent_before(batch: &Batch<'_>, inode: InodeNr, offset: u64) -> Plan<Option<Mapped>> {
-    match offset.checked_sub(1) {
-        Some(last) => of_inode(inode, batch.prev(&extent_key(inode, last))?),
-        None => Ok(None),
-    }
-}
-
 /// The pieces of `range` that have data, in order, with their checksums. What is in none is a hole or preallocated.
 pub(crate) fn data_segments(batch: &Batch<'_>, inode: InodeNr, range: Range<u64>) -> Plan<Vec<DataSegment>> {
     let mut segments: Vec<DataSegment> = Vec::new();

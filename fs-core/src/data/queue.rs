@@ -213,11 +213,6 @@ pub(crate) struct Charge {
 }
 
 impl Charge {
-    /// Pages.
-    pub(crate) fn pages(&self) -> u64 {
-        self.pages
-    }
-
     /// Takes `pages` off.
     pub(crate) fn split(&mut self, pages: u64) -> Self {
         self.pages = self.pages.checked_sub(pages).expect("no more is taken off than was charged");

@@ -33,9 +33,10 @@ use super::file::pages_of;
 use super::page::{PAGE_SIZE, zeroed_page};
 
 /// Items that one transaction of a truncation drops.
-const DROP_ITEMS: ItemBudget = ItemBudget::new(4 * ItemBudget::ONE_STEP.get());
+const DROP_ITEMS: ItemBudget = ItemBudget::new(2 * ItemBudget::ONE_STEP.get());
 
 /// Items of a transaction of a truncation: the dropped ones, the tail (its old extent too), the inode, the intent.
+/// So few that the smallest reserve of a shard has room for their nodes.
 const TRUNCATION_ITEMS: u32 = DROP_ITEMS.get() + ItemBudget::ONE_STEP.get() + INSERT_ITEMS + 2;
 
 /// The last block of a truncated file, as it was written anew.
@@ -75,7 +76,7 @@ impl Shard {
             return self.extend(inode, size).await;
         }
         let _range = self.lock_without_ordered(inode, size - size % BLOCK_SIZE, &order).await;
-        self.truncate(inode, size, stored, buffer, space).await?;
+        self.truncate(inode, size, buffer, space).await?;
         if size == 0 {
             inode.data.borrow_mut().truncated_to_zero = true;
         }
@@ -123,16 +124,12 @@ impl Shard {
         &self,
         inode: &Rc<Inode>,
         size: u64,
-        stored: u64,
         buffer: DmaBuffer,
         space: Option<Reservation>,
     ) -> Result<(), FsError> {
         let tail_start = size - size % BLOCK_SIZE;
-        let tail = if size == tail_start || tail_start >= stored {
-            None
-        } else {
-            self.write_tail(inode, size, buffer, space).await?
-        };
+        let tail =
+            if size == tail_start { None } else { self.write_tail(inode, size, buffer, space).await? };
         let plan = |batch: &mut Batch<'_>| plan_truncation(batch, inode, size, tail.as_ref());
         let truncated = self.transact(Credit::reserve(TRUNCATION_ITEMS), plan).await;
         let (mut from, version) = match truncated {

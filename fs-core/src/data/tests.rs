@@ -10,8 +10,8 @@ use reactor::{Context, Lba, LbaCount, LbaRange, Random};
 use crate::error::FsError;
 use crate::mkfs::{Force, FormatOptions, format};
 use crate::request::{
-    AllocateMode, AttributeChange, Attributes, Caller, KillPrivileges, NewInode, Reply, Request, SeekWhat, SyncScope,
-    WriteSource,
+    AllocateMode, AttributeChange, Attributes, Caller, KillPrivileges, NewInode, Reply, Request, SeekWhat,
+    SyncScope, WriteSource,
 };
 use crate::types::{BLOCK_SIZE, FileOffset, InodeNr};
 use crate::volume::{MountOptions, Volume, WriteOutcome};
@@ -73,6 +73,10 @@ struct Client {
 
 impl Client {
     async fn create(&self, name: &str) -> InodeNr {
+        self.try_create(name).await.unwrap()
+    }
+
+    async fn try_create(&self, name: &str) -> Result<InodeNr, FsError> {
         let request = Request::Create {
             parent: InodeNr::ROOT,
             name: name.as_bytes().into(),
@@ -80,8 +84,8 @@ impl Client {
             permissions: 0o644,
             caller: Caller { uid: 0, gid: 0 },
         };
-        match self.volume.call(request).await.unwrap() {
-            Reply::Entry(attributes) => attributes.inode,
+        match self.volume.call(request).await? {
+            Reply::Entry(attributes) => Ok(attributes.inode),
             other => panic!("{other:?}"),
         }
     }
@@ -131,8 +135,17 @@ impl Client {
         self.volume.call(Request::SetAttributes { inode, change }).await.map(drop)
     }
 
-    async fn allocate(&self, inode: InodeNr, offset: u64, length: u64, mode: AllocateMode) -> Result<(), FsError> {
-        self.volume.call(Request::Allocate { inode, offset: FileOffset::new(offset), length, mode }).await.map(drop)
+    async fn allocate(
+        &self,
+        inode: InodeNr,
+        offset: u64,
+        length: u64,
+        mode: AllocateMode,
+    ) -> Result<(), FsError> {
+        self.volume
+            .call(Request::Allocate { inode, offset: FileOffset::new(offset), length, mode })
+            .await
+            .map(drop)
     }
 
     async fn sync(&self, inode: InodeNr) -> Result<(), FsError> {
@@ -228,7 +241,11 @@ fn holes_and_data_are_found_wherever_the_data_is() {
             assert_eq!(client.seek(inode, 20 * BLOCK_SIZE, SeekWhat::Hole).await, Err(FsError::NoData));
         }
         client.allocate(inode, 0, 4 * BLOCK_SIZE, AllocateMode::KeepSize).await.unwrap();
-        assert_eq!(client.seek(inode, 0, SeekWhat::Data).await, Ok(8 * BLOCK_SIZE), "preallocated reads as a hole");
+        assert_eq!(
+            client.seek(inode, 0, SeekWhat::Data).await,
+            Ok(8 * BLOCK_SIZE),
+            "preallocated reads as a hole"
+        );
         client.write(inode, BLOCK_SIZE, &[1]).await.unwrap();
         assert_eq!(client.seek(inode, 0, SeekWhat::Data).await, Ok(BLOCK_SIZE));
         assert_eq!(client.seek(inode, BLOCK_SIZE, SeekWhat::Hole).await, Ok(2 * BLOCK_SIZE));

@@ -80,7 +80,10 @@ fn full_volume_refuses_writes_and_keeps_what_it_accepted() {
         let mut inodes = Vec::new();
         let mut accepted = 0;
         let full = 'fill: loop {
-            let inode = client.create(&format!("file{}", inodes.len())).await;
+            let inode = match client.try_create(&format!("file{}", inodes.len())).await {
+                Ok(inode) => inode,
+                Err(error) => break error,
+            };
             inodes.push(inode);
             for piece in 0..4 {
                 let data = pattern(accepted, 1 << 20);
@@ -103,7 +106,10 @@ fn full_volume_refuses_writes_and_keeps_what_it_accepted() {
         assert_eq!(client.read(inodes[0], 0, 4096).await.unwrap(), pattern(0, 1 << 20)[..100]);
         for piece in 4..accepted {
             let (inode, offset) = (inodes[piece as usize / 4], (piece % 4) << 20);
-            assert!(client.read(inode, offset, 1 << 20).await.unwrap() == pattern(piece, 1 << 20), "piece {piece}");
+            assert!(
+                client.read(inode, offset, 1 << 20).await.unwrap() == pattern(piece, 1 << 20),
+                "piece {piece}"
+            );
         }
     });
 }
@@ -139,7 +145,11 @@ fn page_written_again_during_its_write_back_is_written_twice() {
 #[test]
 fn truncation_during_write_back_leaves_nothing_behind_the_end() {
     let slow = Duration::from_millis(5)..=Duration::from_millis(5);
-    let world = World::new(16, SimDiskOptions { latency: slow, ..SimDiskOptions::default() }, MountOptions::default());
+    let world = World::new(
+        16,
+        SimDiskOptions { latency: slow, ..SimDiskOptions::default() },
+        MountOptions::default(),
+    );
     let inode = world.mounted(|ctx, client| async move {
         let inode = client.create("a").await;
         client.write(inode, 0, &[1; 1 << 20]).await.unwrap();

@@ -77,7 +77,13 @@ impl Writer {
 }
 
 /// Runs `files` writers with `steps` steps each beside a reader and a syncer; returns the files' final contents.
-async fn run_writers(ctx: Context, client: Client, seed: u64, files: u64, steps: u64) -> Vec<(InodeNr, Vec<u8>)> {
+async fn run_writers(
+    ctx: Context,
+    client: Client,
+    seed: u64,
+    files: u64,
+    steps: u64,
+) -> Vec<(InodeNr, Vec<u8>)> {
     let results = Rc::new(RefCell::new(Vec::new()));
     let running = Rc::new(Cell::new(files));
     let mut inodes = Vec::new();
@@ -114,7 +120,10 @@ fn compare(world: &World, files: Vec<(InodeNr, Vec<u8>)>) {
     world.mounted(|_, client| async move {
         for (inode, model) in files {
             assert_eq!(client.attributes(inode).await.size, model.len() as u64);
-            assert!(client.read(inode, 0, 8 << 20).await.unwrap() == model, "inode {inode} differs after the remount");
+            assert!(
+                client.read(inode, 0, 8 << 20).await.unwrap() == model,
+                "inode {inode} differs after the remount"
+            );
         }
     });
 }
@@ -123,8 +132,7 @@ fn compare(world: &World, files: Vec<(InodeNr, Vec<u8>)>) {
 fn files_equal_their_models_under_random_concurrent_operations() {
     for seed in 0..6 {
         let world = World::small(seed);
-        let files =
-            world.mounted(|ctx, client| run_writers(ctx, client, seed, 4, 60));
+        let files = world.mounted(|ctx, client| run_writers(ctx, client, seed, 4, 60));
         compare(&world, files);
     }
 }

@@ -237,6 +237,3 @@ impl<S: Store> Store for CachedStore<S> {
         lock(&self.journal).entries.len()
     }
 }
-
-#[cfg(test)]
-mod tests;

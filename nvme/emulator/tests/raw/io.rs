@@ -1,8 +1,6 @@
 //! I/O commands through registers and queues alone: data paths, limits, every error status.
 
-mod initiator;
-
-use initiator::{Buffer, Host, NS1, PAGE, memory_config, pattern, threaded};
+use crate::initiator::{Buffer, Host, NS1, PAGE, memory_config, pattern, threaded};
 use nvme_emulator::{ControllerConfig, Mode, NamespaceConfig, WriteCache};
 use nvme_spec::command::{DeallocateZeroes, DsmRange, ForceUnitAccess};
 use nvme_spec::identify::Oncs;
@@ -288,9 +286,9 @@ fn larger_memory_pages_change_the_prp_rules() {
     let ctrl = nvme_emulator::EmulatedController::new(memory_config(16 << 20, 4096)).unwrap();
     let mut host = Host::enabled(ctrl);
     // Enabled again with pages of 16 KiB.
-    let cc16 = initiator::cc().with_mps(2);
+    let cc16 = crate::initiator::cc().with_mps(2);
     host.ctrl.write32(nvme_spec::registers::CC, 0);
-    host.admin = initiator::Pair::new(&host.ctrl, 0, 0, 32, 32);
+    host.admin = crate::initiator::Pair::new(&host.ctrl, 0, 0, 32, 32);
     host.ctrl.write64(nvme_spec::registers::ASQ, host.admin.sq.iova());
     host.ctrl.write64(nvme_spec::registers::ACQ, host.admin.cq.iova());
     host.ctrl.write32(nvme_spec::registers::CC, cc16.into());

@@ -1,6 +1,5 @@
 //! A small initiator of the tests' own, straight from the specification: it shares nothing with the driver but the
 //! wire types, so that an error of the driver and one of the controller cannot cancel out.
-#![allow(dead_code, unreachable_pub)] // a module that each test binary uses in part
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,30 +18,30 @@ use zerocopy::{FromBytes, IntoBytes};
 /// How long anything may take before a test fails: a limit, never a measure.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-pub const NS1: NamespaceId = NamespaceId::new(1);
-pub const PAGE: u64 = 4096;
+pub(crate) const NS1: NamespaceId = NamespaceId::new(1);
+pub(crate) const PAGE: u64 = 4096;
 
 /// One queue pair.
-pub struct Pair {
+pub(crate) struct Pair {
     ctrl: Arc<EmulatedController>,
-    pub sqid: u16,
-    pub cqid: u16,
-    pub sq: Arc<MappedRegion>,
-    pub cq: Arc<MappedRegion>,
-    pub sq_entries: u32,
-    pub cq_entries: u32,
-    pub tail: u32,
-    pub head: u32,
-    pub phase: bool,
+    pub(crate) sqid: u16,
+    pub(crate) cqid: u16,
+    pub(crate) sq: Arc<MappedRegion>,
+    pub(crate) cq: Arc<MappedRegion>,
+    pub(crate) sq_entries: u32,
+    pub(crate) cq_entries: u32,
+    pub(crate) tail: u32,
+    pub(crate) head: u32,
+    pub(crate) phase: bool,
     next_cid: u16,
 }
 
-pub fn pages(bytes: usize) -> usize {
+pub(crate) fn pages(bytes: usize) -> usize {
     bytes.next_multiple_of(PAGE as usize)
 }
 
 impl Pair {
-    pub fn new(
+    pub(crate) fn new(
         ctrl: &Arc<EmulatedController>,
         sqid: u16,
         cqid: u16,
@@ -66,29 +65,29 @@ impl Pair {
     }
 
     /// Puts a command into the ring without ringing; returns its identifier.
-    pub fn push(&mut self, mut entry: SubmissionEntry) -> u16 {
+    pub(crate) fn push(&mut self, mut entry: SubmissionEntry) -> u16 {
         self.next_cid = self.next_cid.wrapping_add(1);
         entry.cid.set(self.next_cid);
         self.push_raw(&entry);
         self.next_cid
     }
 
-    pub fn push_raw(&mut self, entry: &SubmissionEntry) {
+    pub(crate) fn push_raw(&mut self, entry: &SubmissionEntry) {
         self.sq.slice().write_slice(entry.as_bytes(), self.tail as usize * SQE_BYTES).unwrap();
         self.tail = (self.tail + 1) % self.sq_entries;
     }
 
-    pub fn ring(&self) {
+    pub(crate) fn ring(&self) {
         self.doorbell(Doorbell::SubmissionTail, self.sqid, self.tail);
     }
 
-    pub fn doorbell(&self, which: Doorbell, qid: u16, value: u32) {
+    pub(crate) fn doorbell(&self, which: Doorbell, qid: u16, value: u32) {
         let offset = doorbell_offset(self.ctrl.config().dstrd, QueueId::new(qid), which);
         self.ctrl.doorbell(offset, value);
     }
 
     /// Takes the next completion if there is one, without freeing its slot.
-    pub fn peek(&mut self) -> Option<CompletionEntry> {
+    pub(crate) fn peek(&mut self) -> Option<CompletionEntry> {
         let at = self.head as usize * CQE_BYTES;
         let slice = self.cq.slice();
         let dword: u32 = slice.load(at + PHASE_DWORD_OFFSET, Ordering::Acquire).unwrap();
@@ -104,12 +103,12 @@ impl Pair {
         Some(CompletionEntry::read_from_bytes(&bytes).unwrap())
     }
 
-    pub fn free(&self) {
+    pub(crate) fn free(&self) {
         self.doorbell(Doorbell::CompletionHead, self.cqid, self.head);
     }
 
     /// Waits for the next completion and frees its slot.
-    pub fn wait(&mut self) -> CompletionEntry {
+    pub(crate) fn wait(&mut self) -> CompletionEntry {
         let start = Instant::now();
         loop {
             if let Some(entry) = self.peek() {
@@ -119,14 +118,17 @@ impl Pair {
             assert!(start.elapsed() < DEADLINE, "no completion on queue {}", self.sqid);
             match self.ctrl.config().mode {
                 Mode::Inline => panic!("no completion on queue {} after an inline doorbell", self.sqid),
-                Mode::Stepped => assert!(self.ctrl.step() > 0, "no completion, and nothing to step"),
+                // A step may execute nothing and yet post what had waited for room; the deadline bounds the rest.
+                Mode::Stepped => {
+                    self.ctrl.step();
+                }
                 Mode::Threaded(_) => std::thread::yield_now(),
             }
         }
     }
 
     /// Runs one command to its completion.
-    pub fn run(&mut self, entry: SubmissionEntry) -> CompletionEntry {
+    pub(crate) fn run(&mut self, entry: SubmissionEntry) -> CompletionEntry {
         let cid = self.push(entry);
         self.ring();
         let done = self.wait();
@@ -135,12 +137,12 @@ impl Pair {
     }
 
     /// Runs one command and returns its status code.
-    pub fn status(&mut self, entry: SubmissionEntry) -> StatusCode {
+    pub(crate) fn status(&mut self, entry: SubmissionEntry) -> StatusCode {
         self.run(entry).status().code()
     }
 
     #[track_caller]
-    pub fn ok(&mut self, entry: SubmissionEntry) -> u32 {
+    pub(crate) fn ok(&mut self, entry: SubmissionEntry) -> u32 {
         let done = self.run(entry);
         assert!(done.status().is_success(), "{}", done.status());
         done.dw0.get()
@@ -148,33 +150,33 @@ impl Pair {
 }
 
 /// A controller with its admin queue.
-pub struct Host {
-    pub ctrl: Arc<EmulatedController>,
-    pub admin: Pair,
+pub(crate) struct Host {
+    pub(crate) ctrl: Arc<EmulatedController>,
+    pub(crate) admin: Pair,
 }
 
-pub const ADMIN_ENTRIES: u32 = 32;
+pub(crate) const ADMIN_ENTRIES: u32 = 32;
 
-pub fn memory_config(bytes: u64, lba_size: u32) -> ControllerConfig {
+pub(crate) fn memory_config(bytes: u64, lba_size: u32) -> ControllerConfig {
     ControllerConfig::with_namespace(NamespaceConfig::memory(bytes).with_lba_size(lba_size))
 }
 
-pub fn threaded(workers: u16) -> Mode {
+pub(crate) fn threaded(workers: u16) -> Mode {
     Mode::Threaded(ThreadOptions { workers, ..ThreadOptions::default() })
 }
 
 /// CC for the NVM command set and 4 KiB pages.
-pub fn cc() -> Cc {
+pub(crate) fn cc() -> Cc {
     Cc::new().with_en(true).with_iosqes(6).with_iocqes(4)
 }
 
 impl Host {
-    pub fn new(config: ControllerConfig) -> Self {
+    pub(crate) fn new(config: ControllerConfig) -> Self {
         Self::enabled(EmulatedController::new(config).unwrap())
     }
 
     /// Enables the controller with a fresh admin queue.
-    pub fn enabled(ctrl: Arc<EmulatedController>) -> Self {
+    pub(crate) fn enabled(ctrl: Arc<EmulatedController>) -> Self {
         let admin = Pair::new(&ctrl, 0, 0, ADMIN_ENTRIES, ADMIN_ENTRIES);
         let aqa = Aqa::new().with_asqs_z(ADMIN_ENTRIES as u16 - 1).with_acqs_z(ADMIN_ENTRIES as u16 - 1);
         ctrl.write32(registers::AQA, aqa.into());
@@ -187,11 +189,11 @@ impl Host {
         host
     }
 
-    pub fn csts(&self) -> Csts {
+    pub(crate) fn csts(&self) -> Csts {
         self.ctrl.read32(registers::CSTS).into()
     }
 
-    pub fn wait_csts(&self, until: impl Fn(Csts) -> bool) {
+    pub(crate) fn wait_csts(&self, until: impl Fn(Csts) -> bool) {
         let start = Instant::now();
         while !until(self.csts()) {
             assert!(start.elapsed() < DEADLINE, "CSTS stays {:?}", self.csts());
@@ -200,11 +202,11 @@ impl Host {
     }
 
     /// Creates completion and submission queue `qid`.
-    pub fn io_pair(&mut self, qid: u16, entries: u32) -> Pair {
+    pub(crate) fn io_pair(&mut self, qid: u16, entries: u32) -> Pair {
         self.io_pair_with(qid, entries, entries, QueueInterrupt::Disabled)
     }
 
-    pub fn io_pair_with(&mut self, qid: u16, sq: u32, cq: u32, interrupt: QueueInterrupt) -> Pair {
+    pub(crate) fn io_pair_with(&mut self, qid: u16, sq: u32, cq: u32, interrupt: QueueInterrupt) -> Pair {
         let pair = Pair::new(&self.ctrl, qid, qid, sq, cq);
         let id = QueueId::new(qid);
         let mut create = SubmissionEntry::create_io_cq(id, cq as u16 - 1, interrupt);
@@ -216,12 +218,12 @@ impl Host {
         pair
     }
 
-    pub fn map(&self, bytes: usize) -> Arc<MappedRegion> {
+    pub(crate) fn map(&self, bytes: usize) -> Arc<MappedRegion> {
         self.ctrl.memory().map(bytes).unwrap()
     }
 
     /// Runs an admin command with a page for its data, and returns the page.
-    pub fn admin_data(&mut self, mut entry: SubmissionEntry) -> Vec<u8> {
+    pub(crate) fn admin_data(&mut self, mut entry: SubmissionEntry) -> Vec<u8> {
         let page = self.map(PAGE as usize);
         entry.prp1.set(page.iova());
         self.admin.ok(entry);
@@ -230,26 +232,26 @@ impl Host {
 }
 
 /// A buffer of mapped memory, contiguous, with its PRP list behind it.
-pub struct Buffer {
-    pub region: Arc<MappedRegion>,
-    pub len: usize,
+pub(crate) struct Buffer {
+    pub(crate) region: Arc<MappedRegion>,
+    pub(crate) len: usize,
 }
 
 impl Buffer {
-    pub fn new(host: &Host, len: usize) -> Self {
+    pub(crate) fn new(host: &Host, len: usize) -> Self {
         let list_pages = pages(len).div_ceil(PAGE as usize).div_ceil(511) + 1;
         let region = host.map(pages(len) + list_pages * PAGE as usize);
         Self { region, len }
     }
 
-    pub fn filled(host: &Host, bytes: &[u8]) -> Self {
+    pub(crate) fn filled(host: &Host, bytes: &[u8]) -> Self {
         let buffer = Self::new(host, bytes.len());
         buffer.region.slice().write_slice(bytes, 0).unwrap();
         buffer
     }
 
     /// Points `entry` at the buffer, building a chained list if it needs one.
-    pub fn attach(&self, mut entry: SubmissionEntry) -> SubmissionEntry {
+    pub(crate) fn attach(&self, mut entry: SubmissionEntry) -> SubmissionEntry {
         let iova = self.region.iova();
         entry.prp1.set(iova);
         let count = (pages(self.len) as u64) / PAGE;
@@ -281,21 +283,21 @@ impl Buffer {
         }
     }
 
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len];
         self.region.slice().read_slice(&mut bytes, 0).unwrap();
         bytes
     }
 }
 
-pub fn bytes(slice: VolatileSlice<'_>) -> Vec<u8> {
+pub(crate) fn bytes(slice: VolatileSlice<'_>) -> Vec<u8> {
     let mut bytes = vec![0; slice.len()];
     slice.copy_to(&mut bytes);
     bytes
 }
 
 /// Bytes that differ from place to place and from seed to seed.
-pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
+pub(crate) fn pattern(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..len)
         .map(|_| {

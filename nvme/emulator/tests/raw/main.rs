@@ -1,0 +1,11 @@
+//! The controller driven through its registers and queues alone, by a small initiator of the tests' own.
+#![allow(clippy::unwrap_used)] // helpers of tests: a failed unwrap is a failed test
+
+mod admin;
+mod concurrency;
+mod image;
+mod initiator;
+mod io;
+mod power_cut;
+mod queues;
+mod reset;

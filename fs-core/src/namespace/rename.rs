@@ -88,6 +88,15 @@ impl Renaming {
         moved
     }
 
+    /// Whether there is, or is not, a destination as the mode wants it.
+    fn check_target(&self, target: Option<EntryTarget>) -> Result<(), FsError> {
+        match (self.mode, target) {
+            (RenameMode::NoReplace, Some(_)) => Err(FsError::Exists),
+            (RenameMode::Exchange, None) => Err(FsError::NotFound),
+            _ => Ok(()),
+        }
+    }
+
     /// What to commit, by what is known under the locks; nothing if the rename changes nothing.
     ///
     /// # Errors
@@ -95,12 +104,10 @@ impl Renaming {
     fn decide(&self, ends: Ends, target_entries: u64) -> Result<Vec<Change>, FsError> {
         let Ends { source, target } = ends;
         match (self.mode, target) {
-            (RenameMode::NoReplace, Some(_)) => Err(FsError::Exists),
-            (RenameMode::Exchange, None) => Err(FsError::NotFound),
             // Two names of one inode, or one name: POSIX wants nothing to happen.
             (_, Some(target)) if target.inode == source.inode => Ok(Vec::new()),
             (RenameMode::Exchange, Some(target)) => Ok(self.exchange(source, target)),
-            (RenameMode::Replace, Some(target)) => {
+            (_, Some(target)) => {
                 match (is_directory(source), is_directory(target)) {
                     (true, false) => return Err(FsError::NotDirectory),
                     (false, true) => return Err(FsError::IsDirectory),
@@ -242,6 +249,7 @@ impl Shard {
         if self.look_up_ends(renaming).await? != ends {
             return Ok(Attempt::Again);
         }
+        renaming.check_target(ends.target)?;
         for (directory, parent) in renaming.moved(ends) {
             if self.is_within(parent, directory).await? {
                 return Err(FsError::Invalid);

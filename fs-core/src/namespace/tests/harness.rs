@@ -188,6 +188,11 @@ impl Client {
         self.call(Request::Forget { inode, lookups }).await.unwrap();
     }
 
+    pub(super) async fn sync(&self) {
+        let request = Request::Sync { inode: InodeNr::ROOT, scope: SyncScope::Volume };
+        self.call(request).await.unwrap();
+    }
+
     /// All entries of a directory, `limit` at a time, `.` and `..` included.
     pub(super) async fn list(&self, inode: InodeNr, limit: u32) -> Result<Vec<DirectoryEntry>, FsError> {
         let (mut all, mut after) = (Vec::new(), 0);

@@ -336,7 +336,11 @@ fn tables<'a>(checker: &'a mut Checker<'_>) -> Tables<'a> {
     }
 }
 
-async fn read_image(disk: &VolumeDisk, address: BlockNr) -> Result<Box<NodeImage>, crate::FsError> {
+/// Reads the blocks of a node.
+pub(crate) async fn read_image(
+    disk: &VolumeDisk,
+    address: BlockNr,
+) -> Result<Box<NodeImage>, crate::FsError> {
     let bytes = disk.read(address, BlockCount::new(NODE_BLOCKS)).await?;
     let mut image = crate::format::node::zeroed_image();
     image.copy_from_slice(&bytes);
@@ -450,4 +454,4 @@ impl Details {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

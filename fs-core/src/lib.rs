@@ -2,6 +2,7 @@
 
 pub mod alloc;
 pub mod disk;
+pub mod dump;
 pub mod error;
 pub mod format;
 pub mod fsck;

@@ -286,6 +286,12 @@ fn sample() -> Sample {
     Sample { builder, a, b, f, f_extent, f_second, symlink, orphan }
 }
 
+/// The sample volume, and the file in it that has a bit of everything.
+pub(crate) fn sample_volume() -> (SimDisk, InodeNr) {
+    let sample = sample();
+    (sample.builder.write(), sample.f)
+}
+
 fn run_check(disk: &SimDisk, data: DataCheck) -> Result<CheckReport, CheckError> {
     let before = disk.write_count();
     let simulator = Simulator::new(SimOptions { disk: Some(disk.clone()), ..SimOptions::default() });

@@ -1,5 +1,7 @@
 //! The driver against the embedded controller: both modes, both block sizes, whole stack below the reactor.
 
+#![allow(clippy::unwrap_used, reason = "a failed step of a test is the failure of the test")]
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

@@ -5,20 +5,28 @@
 //!
 //! | module | owns |
 //! |---|---|
+//! | [`cli`], [`polluxd`] | the command lines |
 //! | [`config`] | the configuration file |
 //! | [`control`] | the control socket: protocol, where it lies, both sides |
+//! | [`daemon`] | volume, mount and control socket in one process, from start to end |
+//! | [`device`] | device specs, controllers and reactors on them |
+//! | [`failure`] | how a command fails: message, remedy, exit code |
 //! | [`fuse`] | the FUSE front end: mount points, session, translation of requests |
 //! | [`load`] | a synthetic load on a raw device |
 //! | [`report`] | what `pollux status` shows |
 //!
 //! Excludes: the filesystem ([`fs_core`]), the driver ([`nvme`]), the reactors ([`reactor`]).
 
+pub mod cli;
 pub mod config;
 pub mod control;
+pub mod daemon;
+pub mod device;
 pub mod failure;
 pub mod fuse;
 pub mod load;
 pub mod logging;
+pub mod polluxd;
 pub mod quantity;
 pub mod report;
 pub mod signals;

@@ -257,7 +257,7 @@ impl Job {
         let disk = ctx.try_disk().ok_or(LoadError::NoDevice(ctx.reactor()))?;
         let geometry = disk.geometry();
         let (request, block) = (load.block_bytes, geometry.lba_size);
-        if request % u64::from(block) != 0 {
+        if !request.is_multiple_of(u64::from(block)) {
             return Err(LoadError::Unaligned { request, block });
         }
         let places = geometry.size_bytes() / request;

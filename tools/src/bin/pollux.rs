@@ -1,2 +1,10 @@
-//! Placeholder of the workspace skeleton.
-fn main() {}
+//! The `pollux` command line tool.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    pollux::logging::start();
+    pollux::cli::Pollux::parse().run()
+}

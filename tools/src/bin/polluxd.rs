@@ -1,2 +1,10 @@
-//! Placeholder of the workspace skeleton.
-fn main() {}
+//! The `polluxd` daemon.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    pollux::logging::start();
+    pollux::polluxd::Polluxd::parse().run()
+}

@@ -1,0 +1,110 @@
+//! The command line of `pollux`: one subcommand for each task.
+//!
+//! Owns: names and options, which are a contract that scripts rely on, and the exit codes. What each subcommand does
+//! is in a module of its own below this one.
+//!
+//! | exit code | means |
+//! |---|---|
+//! | 0 | success |
+//! | 1 | the operation failed; standard error says what, where and what to do |
+//! | 2 | the command line makes no sense |
+//! | 4, 8 | `fsck` only, as fsck(8): errors found; could not run |
+//!
+//! Rules: with `--json` standard output is one JSON document and nothing else; progress goes to standard error;
+//! nothing ever waits for an answer from a terminal.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::failure::Failure;
+
+mod fsck;
+mod identify;
+mod mkfs;
+mod perf;
+mod status;
+mod sync;
+mod up;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  success
+  1  the operation failed; standard error says what, on which device or path, and what to do
+  2  the command line makes no sense
+  fsck: 0 clean, 4 errors found, 8 could not run
+
+Device specs:
+  emu:PATH[,size=4GiB][,lba=512|4096][,queues=N][,ns=ID]   embedded controller on a sparse file
+  emu:mem,size=1GiB[,...]                                  embedded controller in memory
+
+Example:
+  pollux up --image ./pollux.img --size 4GiB --mount ./pollux-mnt";
+
+/// A copy-on-write filesystem in user space, on its own poll-mode NVMe driver.
+#[derive(Parser)]
+#[command(name = "pollux", version, after_help = EXIT_CODES)]
+pub struct Pollux {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    Up(up::Up),
+    Mkfs(mkfs::Mkfs),
+    Fsck(fsck::Fsck),
+    Identify(identify::Identify),
+    Perf(perf::Perf),
+    Status(status::Status),
+    Sync(sync::Sync),
+}
+
+impl Pollux {
+    /// Carries out the task and reports how it went.
+    pub fn run(&self) -> ExitCode {
+        let outcome = match &self.task {
+            Task::Up(up) => up.run(),
+            Task::Mkfs(mkfs) => mkfs.run(),
+            Task::Fsck(fsck) => fsck.run(),
+            Task::Identify(identify) => identify.run(),
+            Task::Perf(perf) => perf.run(),
+            Task::Status(status) => status.run(),
+            Task::Sync(sync) => sync.run(),
+        };
+        outcome.map_or_else(|failure| failure.report("pollux"), |()| ExitCode::SUCCESS)
+    }
+}
+
+/// The daemon to talk to.
+#[derive(clap::Args)]
+struct Daemon {
+    /// Any path on the mount; may be left out if there is only one
+    #[arg(value_name = "MOUNT")]
+    mount: Option<PathBuf>,
+
+    /// The daemon's control socket, or any path on its mount
+    #[arg(long, value_name = "PATH", conflicts_with = "mount")]
+    socket: Option<PathBuf>,
+}
+
+impl Daemon {
+    fn socket(&self) -> Result<PathBuf, Failure> {
+        use crate::control::location;
+        match self.socket.as_deref().or(self.mount.as_deref()) {
+            Some(path) => location::of_path(path),
+            None => location::of_only_mount(),
+        }
+    }
+}
+
+/// Prints a document as the only thing on standard output.
+fn print_json(document: &impl serde::Serialize) -> Result<(), Failure> {
+    use crate::failure::During;
+    use std::io::Write;
+
+    let mut text = serde_json::to_vec_pretty(document).during("cannot write JSON")?;
+    text.push(b'\n');
+    std::io::stdout().write_all(&text).during("cannot write to standard output")
+}

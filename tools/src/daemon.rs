@@ -1,0 +1,277 @@
+//! The daemon: a volume, its mount and its control socket in this process, until somebody asks it to stop.
+//!
+//! Owns: the order in which these are put together and taken apart. `polluxd` and `pollux up` are both this.
+//!
+//! | step | on failure, or at the end |
+//! |---|---|
+//! | device opened, one queue for each reactor | controller shut down |
+//! | volume mounted on the reactors | everything written, checkpoint, shards ended |
+//! | mount(2) and session threads | unmounted |
+//! | control socket | conversations ended, socket removed |
+//! | wait for SIGINT, SIGTERM, or the end of the session (umount(8)) | |
+//!
+//! The end: the mount is taken away, politely for [`POLITE_PERIOD`] and then by force, so that nothing more is
+//! accepted; then everything accepted is written and made durable. A second signal during the first part ends the
+//! politeness; during the second it ends the process at once (what was acknowledged as durable stays so).
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use fs_core::request::{Request, SyncScope};
+use fs_core::{FsError, Volume};
+use nix::errno::Errno;
+use nvme::{LatencyRecording, QueueOptions};
+use reactor::ReactorHandle;
+use serde_json::{Value, json};
+
+use crate::config::Config;
+use crate::control::location;
+use crate::control::protocol::Command;
+use crate::control::server::{ControlServer, Handler};
+use crate::device::{self, Device, DeviceSpec};
+use crate::failure::{During, Failure};
+use crate::fuse::{FrontEnd, MountPoint, Mounted, Urgency, collect_mapped_pages};
+use crate::quantity::CoreList;
+use crate::report::{self, DaemonReport};
+use crate::signals::{Alarm, Signals, Woken};
+
+/// How long programs that use the mount may hold up its end.
+const POLITE_PERIOD: Duration = Duration::from_millis(1_000);
+
+/// How often an unmount is tried in that time.
+const POLITE_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How long the kernel may take to hand over what programs stored through mappings.
+const COLLECT_PERIOD: Duration = Duration::from_secs(1);
+
+/// How long the session threads may take to leave once the mount is gone.
+const LEAVE_PERIOD: Duration = Duration::from_secs(1);
+
+/// Session threads at least: one may wait for a full mailbox while another reads on.
+const SESSION_THREADS: usize = 2;
+
+/// What a daemon is started with.
+pub struct Daemon {
+    /// The device.
+    pub device: DeviceSpec,
+    /// Where to mount.
+    pub point: MountPoint,
+    /// Cores of the reactors; the configuration's or all if not given.
+    pub cores: Option<CoreList>,
+    /// Where the control socket goes, if not where clients look for it.
+    pub socket: Option<PathBuf>,
+    /// Everything else.
+    pub config: Config,
+}
+
+/// A daemon that has mounted.
+pub struct Ready<'a> {
+    /// The mount point.
+    pub mount: &'a Path,
+    /// The control socket.
+    pub socket: &'a Path,
+    /// Figures at the start.
+    pub report: DaemonReport,
+}
+
+impl Daemon {
+    /// Runs until asked to stop; `announce` is called once everything is ready.
+    ///
+    /// # Errors
+    /// What could not be put together, or not be written at the end.
+    pub fn run(self, signals: &Signals, announce: impl FnOnce(&Ready<'_>)) -> Result<(), Failure> {
+        let cores = match &self.cores {
+            Some(cores) => cores.ids().to_vec(),
+            None => device::default_cores(),
+        };
+        let queue = QueueOptions { latency: LatencyRecording::On, ..QueueOptions::default() };
+        let device = Device::start(&self.device, &cores, self.config.reactor(), queue)?;
+        let outcome = self.serve(&device, signals, announce);
+        let stopped = device.stop();
+        outcome.and(stopped)
+    }
+
+    fn serve(
+        &self,
+        device: &Device,
+        signals: &Signals,
+        announce: impl FnOnce(&Ready<'_>),
+    ) -> Result<(), Failure> {
+        let runtime = device.runtime();
+        let volume = Volume::mount_blocking(runtime.handles(), self.config.volume())
+            .map_err(|error| device::mount_failure(&self.device, &error))?;
+        for warning in volume.warnings() {
+            tracing::warn!(device = %self.device, "{warning}");
+        }
+        let outcome = self.serve_mount(device, &volume, signals, announce);
+        let written = finish(&volume, signals)
+            .during(format_args!("not everything could be written to {}", self.device));
+        outcome.and(written)
+    }
+
+    fn serve_mount(
+        &self,
+        device: &Device,
+        volume: &Volume,
+        signals: &Signals,
+        announce: impl FnOnce(&Ready<'_>),
+    ) -> Result<(), Failure> {
+        let front = FrontEnd::new(volume.clone());
+        let threads = device.runtime().handles().len().max(SESSION_THREADS);
+        let source = self.device.to_string();
+        let mounted = Mounted::mount(front, &self.point, &source, self.config.extras(), threads)?;
+        let outcome = self.serve_control(device, volume, &mounted, signals, announce);
+        let unmounted = leave(mounted, signals);
+        outcome.and(unmounted)
+    }
+
+    fn serve_control(
+        &self,
+        device: &Device,
+        volume: &Volume,
+        mounted: &Mounted,
+        signals: &Signals,
+        announce: impl FnOnce(&Ready<'_>),
+    ) -> Result<(), Failure> {
+        let figures = Arc::new(Figures::new(device, volume, mounted.path(), &self.device));
+        let usual = location::for_daemon(mounted.device());
+        let (socket, link) = match &self.socket {
+            // Without a usual place the mount's paths do not lead to the socket, its own path still does.
+            Some(socket) => (socket.clone(), usual.ok()),
+            None => (usual?, None),
+        };
+        let _server = ControlServer::start(&socket, link.as_deref(), figures.clone())?;
+        let report = figures.report().map_err(Failure::new)?;
+        announce(&Ready { mount: mounted.path(), socket: &socket, report });
+        signals.wait(mounted.ended(), None).during("cannot wait for signals")?;
+        Ok(())
+    }
+}
+
+/// Takes the mount away, so that nothing more is accepted.
+fn leave(mounted: Mounted, signals: &Signals) -> Result<(), Failure> {
+    let shown = mounted.path().display().to_string();
+    let impatient = Instant::now() + POLITE_PERIOD;
+    loop {
+        match mounted.unmount(Urgency::Polite) {
+            Ok(()) => break,
+            Err(error) if is_busy(&error) && Instant::now() < impatient => {}
+            Err(error) => {
+                tracing::warn!(mount = %shown, %error, "in use; detaching it, programs that use it get errors");
+                force(&mounted).during(format_args!("cannot unmount {shown}"))?;
+                break;
+            }
+        }
+        let woken = signals.wait(mounted.ended(), Some(POLITE_INTERVAL)).during("cannot wait for signals")?;
+        if woken == Woken::Signal {
+            force(&mounted).during(format_args!("cannot unmount {shown}"))?;
+            break;
+        }
+    }
+    let deadline = Instant::now() + LEAVE_PERIOD;
+    while !mounted.ended().is_raised() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            // Without root nobody can end a session that programs still use; its threads end with the process.
+            tracing::warn!(mount = %shown, "programs still use the detached mount");
+            return Ok(());
+        }
+        signals.wait(mounted.ended(), Some(left)).during("cannot wait for signals")?;
+    }
+    mounted.join().during(format_args!("the FUSE session at {shown} ended badly"))
+}
+
+fn is_busy(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::EBUSY as i32) || error.kind() == io::ErrorKind::ResourceBusy
+}
+
+/// Collects what programs stored through mappings, then detaches the mount under them.
+fn force(mounted: &Mounted) -> io::Result<()> {
+    let (sender, collected) = mpsc::channel();
+    let root = mounted.path().to_path_buf();
+    // On a thread of its own: it waits for the kernel, which waits for this daemon.
+    let collector = std::thread::Builder::new().name("collect".into());
+    let started = collector.spawn(move || sender.send(collect_mapped_pages(&root)));
+    match started.map(|_| collected.recv_timeout(COLLECT_PERIOD)) {
+        Ok(Ok(Ok(()))) => {}
+        _ => tracing::warn!("stores through shared mappings that were not synced may be lost"),
+    }
+    mounted.unmount(Urgency::Now)
+}
+
+/// Writes everything and ends the volume; a signal meanwhile ends the process.
+fn finish(volume: &Volume, signals: &Signals) -> Result<(), FsError> {
+    let Ok(done) = Alarm::new() else {
+        return volume.unmount_blocking();
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            if let Ok(Woken::Signal) = signals.wait(&done, None) {
+                eprintln!("a second signal: ending without writing what was not yet made durable");
+                std::process::exit(1);
+            }
+        });
+        let outcome = volume.unmount_blocking();
+        done.raise();
+        outcome
+    })
+}
+
+/// What the control socket shows.
+struct Figures {
+    started: Instant,
+    volume: Volume,
+    reactors: Vec<ReactorHandle>,
+    queues: device::QueueFigures,
+    mount: String,
+    device: String,
+}
+
+impl Figures {
+    fn new(device: &Device, volume: &Volume, mount: &Path, spec: &DeviceSpec) -> Self {
+        Self {
+            started: Instant::now(),
+            volume: volume.clone(),
+            reactors: device.runtime().handles().to_vec(),
+            queues: device.queues(),
+            mount: mount.display().to_string(),
+            device: spec.to_string(),
+        }
+    }
+
+    fn report(&self) -> Result<DaemonReport, String> {
+        let volume = report::of_volume(&self.volume, &self.reactors[0])?;
+        Ok(DaemonReport {
+            daemon: report::ProcessReport {
+                version: env!("CARGO_PKG_VERSION").into(),
+                pid: std::process::id(),
+                uptime_ns: u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
+                mount: self.mount.clone(),
+                device: self.device.clone(),
+            },
+            reactors: self.reactors.iter().map(report::of_reactor).collect(),
+            queues: self.queues.report(),
+            volume,
+        })
+    }
+
+    fn sync(&self) -> Result<Value, String> {
+        let started = Instant::now();
+        let request = Request::Sync { inode: Volume::ROOT, scope: SyncScope::Volume };
+        self.volume.call_blocking(request).map_err(|error| error.to_string())?;
+        Ok(json!({ "took_ns": u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX) }))
+    }
+}
+
+impl Handler for Figures {
+    fn handle(&self, command: Command) -> Result<Value, String> {
+        match command {
+            Command::Status => {
+                serde_json::to_value(self.report()?).map_err(|error| format!("cannot write JSON: {error}"))
+            }
+            Command::Sync => self.sync(),
+        }
+    }
+}

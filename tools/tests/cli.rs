@@ -1,0 +1,168 @@
+//! The command line as scripts see it: help, exit codes, JSON documents.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+const SUBCOMMANDS: [&str; 7] = ["up", "mkfs", "fsck", "identify", "perf", "status", "sync"];
+
+fn run(program: &str, arguments: &[&str]) -> Output {
+    Command::new(program).args(arguments).stdin(Stdio::null()).output().expect("cargo has built the program")
+}
+
+fn pollux(arguments: &[&str]) -> Output {
+    run(env!("CARGO_BIN_EXE_pollux"), arguments)
+}
+
+fn said(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// Standard output as the one JSON document it has to be.
+fn document(output: &Output) -> Value {
+    assert_eq!(output.status.code(), Some(0), "{}", said(output));
+    serde_json::from_slice(&output.stdout).expect("standard output is one JSON document")
+}
+
+#[test]
+fn every_help_has_an_example() {
+    for subcommand in SUBCOMMANDS {
+        let output = pollux(&[subcommand, "--help"]);
+        assert_eq!(output.status.code(), Some(0), "{subcommand}");
+        assert!(said(&output).contains(&format!("Example:\n  pollux {subcommand}")), "{}", said(&output));
+    }
+    let output = run(env!("CARGO_BIN_EXE_polluxd"), &["--help"]);
+    assert!(said(&output).contains("Example:\n  polluxd "), "{}", said(&output));
+    let output = pollux(&["--help"]);
+    assert!(said(&output).contains("Exit codes:"), "{}", said(&output));
+}
+
+#[test]
+fn senseless_command_lines_exit_with_2() {
+    let cases: [&[&str]; 9] = [
+        &[],
+        &["fly"],
+        &["mkfs"],
+        &["mkfs", "--device", "emu:/nowhere/x", "--shards", "0"],
+        &["perf", "--device", "emu:mem,size=1GiB"],
+        &["perf", "--device", "emu:mem,size=1GiB", "--rw", "sideways"],
+        &["perf", "--device", "emu:mem,size=1GiB", "--rw", "read", "--bs", "1000"],
+        &["perf", "--device", "emu:mem,size=1GiB", "--rw", "read", "--iodepth", "0"],
+        &["up", "--cores", "x"],
+    ];
+    for arguments in cases {
+        let output = pollux(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {}", said(&output));
+        assert!(!said(&output).contains("panicked"), "{}", said(&output));
+    }
+    assert_eq!(run(env!("CARGO_BIN_EXE_polluxd"), &["--mount", "/mnt"]).status.code(), Some(2));
+}
+
+#[test]
+fn perf_gives_the_documented_keys() {
+    for rw in ["randread", "randwrite", "read", "write", "randrw"] {
+        let output = pollux(&[
+            "perf",
+            "--device",
+            "emu:mem,size=64MiB",
+            "--rw",
+            rw,
+            "--bs",
+            "4k",
+            "--iodepth",
+            "8",
+            "--runtime",
+            "0.2",
+            "--warmup",
+            "0.1",
+            "--json",
+        ]);
+        let document = document(&output);
+        for key in ["iops", "bw_bytes"] {
+            assert!(document[key].as_f64().unwrap() > 0.0, "{rw}: {document}");
+        }
+        assert_eq!(document["errors"], 0, "{rw}");
+        let latency = |key: &str| document["lat_ns"][key].as_f64().unwrap();
+        let ascending = ["min", "p50", "p99", "p999", "max"].map(latency);
+        assert!(ascending.is_sorted(), "{rw}: {document}");
+        assert!(latency("min") <= latency("mean") && latency("mean") <= latency("max"), "{rw}: {document}");
+        let ratio = document["bw_bytes"].as_f64().unwrap() / document["iops"].as_f64().unwrap();
+        assert!((ratio - 4096.0).abs() < 1e-6, "{rw}: {document}");
+    }
+}
+
+#[test]
+fn perf_does_not_write_to_an_image_unasked() {
+    let scratch = tempfile::tempdir().unwrap();
+    let image = scratch.path().join("p.img");
+    std::fs::write(&image, vec![7; 1 << 20]).unwrap();
+    let spec = format!("emu:{}", image.display());
+    let arguments = ["perf", "--device", &spec, "--rw", "randwrite", "--runtime", "0.1"];
+    let output = pollux(&arguments);
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(said(&output).contains("--destroy-data"), "{}", said(&output));
+    assert!(std::fs::read(&image).unwrap().iter().all(|byte| *byte == 7), "the image was changed");
+    let output = pollux(&[&arguments[..], &["--destroy-data"]].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    assert!(std::fs::read(&image).unwrap().iter().any(|byte| *byte != 7), "nothing was written");
+}
+
+#[test]
+fn perf_on_a_device_that_is_too_small_fails_with_1() {
+    let output = pollux(&[
+        "perf",
+        "--device",
+        "emu:mem,size=512KiB",
+        "--rw",
+        "read",
+        "--bs",
+        "1MiB",
+        "--runtime",
+        "0.1",
+    ]);
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    assert!(said(&output).contains("emu:mem"), "{}", said(&output));
+}
+
+#[test]
+fn identify_has_the_field_names_of_nvme_cli() {
+    let document = document(&pollux(&["identify", "--device", "emu:mem,size=64MiB,lba=512", "--json"]));
+    for key in ["vid", "sn", "mn", "fr", "mdts", "ver", "oacs", "nn", "oncs", "vwc", "sgls", "subnqn"] {
+        assert!(!document["controller"][key].is_null(), "{key}: {document}");
+    }
+    let namespace = &document["namespaces"][0];
+    assert_eq!(namespace["nsid"], 1);
+    assert_eq!(namespace["nsze"], (64 << 20) / 512);
+    let format = usize::try_from(namespace["flbas"].as_u64().unwrap() & 0xf).unwrap();
+    assert_eq!(namespace["lbafs"][format]["ds"], 9);
+    let text = said(&pollux(&["identify", "--device", "emu:mem,size=64MiB"]));
+    assert!(text.contains("nsze") && text.contains("mdts"), "{text}");
+}
+
+#[test]
+fn status_and_sync_name_what_is_not_a_mount() {
+    let scratch = tempfile::tempdir().unwrap();
+    for subcommand in ["status", "sync"] {
+        let output = pollux(&[subcommand, scratch.path().to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+        assert!(said(&output).contains("Pollux mount"), "{}", said(&output));
+        let output = pollux(&[subcommand, "--socket", "/nowhere/at/all"]);
+        assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+        assert!(said(&output).contains("/nowhere/at/all"), "{}", said(&output));
+    }
+}
+
+#[test]
+fn nothing_is_created_by_a_refused_start() {
+    let scratch = tempfile::tempdir().unwrap();
+    let image = scratch.path().join("p.img");
+    let full = scratch.path().join("full");
+    std::fs::create_dir(&full).unwrap();
+    std::fs::write(full.join("file"), "x").unwrap();
+    let arguments = ["up", "--image", image.to_str().unwrap(), "--mount", full.to_str().unwrap()];
+    let output = pollux(&arguments);
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    assert!(said(&output).contains("not empty"), "{}", said(&output));
+    assert!(!Path::new(&image).exists());
+}

@@ -239,8 +239,6 @@ pub(crate) struct Guard<C> {
 
 /// A held inode lock.
 pub(crate) type InodeGuard = Guard<InodeClass>;
-/// A held mmap lock.
-pub(crate) type MmapGuard = Guard<MmapClass>;
 /// A held byte range.
 pub(crate) type RangeGuard = Guard<RangeClass>;
 
@@ -251,6 +249,7 @@ impl<C: LockClass> Guard<C> {
     }
 
     /// Goes on holding the lock beside other readers.
+    #[allow(dead_code)] // for direct writes, which take the inode lock down to shared once their range is clean
     pub(crate) fn downgrade(&self) {
         self.queue.downgrade(self.ticket);
     }

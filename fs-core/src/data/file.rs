@@ -174,9 +174,10 @@ impl FileData {
 
     /// Applies the write to be applied next, if it is `ticket`, up to `size_limit`, and returns whether it was.
     pub(super) fn apply_front(&mut self, ticket: u64, size_limit: u64) -> bool {
-        let Some(pending) = self.pending.pop_front_if(|pending| pending.ticket == ticket) else {
+        if self.pending.front().is_none_or(|pending| pending.ticket != ticket) {
             return false;
-        };
+        }
+        let Some(pending) = self.pending.pop_front() else { return false };
         let WriteEntry { offset, length, pages, space, charge, .. } = pending.entry;
         let end = (offset + length).min(size_limit);
         let (mut space, mut charge) = (space, charge);
@@ -188,8 +189,9 @@ impl FileData {
             }
         }
         if gained > 0 {
-            let kept =
-                space.split(gained, space.nodes()).expect("a write reserves a block for each of its pages");
+            // A write into preallocated blocks has none of its own.
+            let blocks = gained.min(space.data_blocks());
+            let kept = space.split(blocks, space.nodes()).expect("no more is taken off than there is");
             self.keep(kept, charge.split(gained));
         }
         true

@@ -168,7 +168,7 @@ impl Shard {
         if inode.data.borrow_mut().page(index).is_some_and(|page| page.is_whole()) {
             return Ok(true);
         }
-        let segments = self.segments_of(inode.nr, &[index..index + 1]).await?;
+        let segments = self.segments_of(inode.nr, std::slice::from_ref(&(index..index + 1))).await?;
         if inode.data.borrow_mut().page(index).is_none() && segments.is_empty() {
             return Ok(false);
         }

@@ -32,7 +32,7 @@ use super::file::{bytes_of, pages_of, within_page};
 use super::queue::Charge;
 
 /// Items that one transaction of a punch drops.
-const DROP_ITEMS: ItemBudget = ItemBudget::new(4 * ItemBudget::ONE_STEP.get());
+const DROP_ITEMS: ItemBudget = ItemBudget::new(2 * ItemBudget::ONE_STEP.get());
 
 /// Times that a preallocation writes back what was written meanwhile, before it holds the range and does without.
 const FLUSH_ROUNDS: u32 = 8;
@@ -314,6 +314,20 @@ fn first_hole(batch: &Batch<'_>, inode: InodeNr, range: &Range<u64>) -> Plan<Ran
         }
     }
     Ok(range.end..range.end)
+}
+
+/// Whether every block of `range`, whole blocks, is preallocated.
+pub(super) fn is_preallocated(batch: &Batch<'_>, inode: InodeNr, range: &Range<u64>) -> Plan<bool> {
+    let mut from = range.start;
+    while from < range.end {
+        match next_extent(batch, inode, from)? {
+            Some(mapped) if mapped.offset <= from && mapped.extent.kind == ExtentKind::Preallocated => {
+                from = mapped.end();
+            }
+            _ => return Ok(false),
+        }
+    }
+    Ok(true)
 }
 
 /// What a look at some extents has found.

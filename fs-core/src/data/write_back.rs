@@ -29,8 +29,9 @@ use crate::types::InodeNr;
 use super::DataState;
 use super::NODES_PER_WRITE;
 use super::apply::MmapLock;
-use super::file::{FileData, NextWriteBack, pages_of};
+use super::file::{FileData, NextWriteBack, bytes_of, pages_of};
 use super::queue::{Charge, WriteParts};
+use super::space::is_preallocated;
 
 /// After a failure the background task rests: whatever failed will hardly be better at once.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -321,7 +322,21 @@ impl Shard {
         // A failure here is reported to whoever wrote that data; it does not make this write fail.
         let _noted = self.flush_all().await;
         let pages = parts.page_count();
-        let space = self.reserve(pages, NODES_PER_WRITE, Priority::Normal).await?;
+        let space = match self.reserve(pages, NODES_PER_WRITE, Priority::Normal).await {
+            Err(FsError::NoSpace) => self.space_of_preallocation(parts).await?,
+            other => other?,
+        };
         Ok((self.wait_for_budget(pages).await?, space))
+    }
+
+    /// What a write into preallocated blocks needs on a full volume: no blocks, and the nodes come from the reserve,
+    /// because the space for the data was taken long ago.
+    async fn space_of_preallocation(&self, parts: &WriteParts<'_>) -> Result<Reservation, FsError> {
+        let start = parts.offset.get();
+        let blocks = bytes_of(&pages_of(&(start..start + parts.data.len() as u64)));
+        if !self.view(|batch| is_preallocated(batch, parts.inode, &blocks)).await? {
+            return Err(FsError::NoSpace);
+        }
+        self.reserve(0, NODES_PER_WRITE, Priority::Reserve).await
     }
 }

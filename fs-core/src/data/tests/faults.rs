@@ -76,9 +76,11 @@ fn changed_data_is_damage_and_not_data() {
 fn full_volume_refuses_writes_and_keeps_what_it_accepted() {
     let options = MountOptions { page_memory: 16 << 20, tree_memory: 4 << 20, ..MountOptions::default() };
     let world = World::new(14, SimDiskOptions { blocks: 8 * 1024, ..SimDiskOptions::default() }, options);
-    let (inodes, accepted) = world.mounted(|_, client| async move {
+    let (preallocated, inodes, accepted) = world.mounted(|_, client| async move {
         let mut inodes = Vec::new();
         let mut accepted = 0;
+        let preallocated = client.create("preallocated").await;
+        client.allocate(preallocated, 0, 1 << 20, AllocateMode::Extend).await.unwrap();
         let full = 'fill: loop {
             let inode = match client.try_create(&format!("file{}", inodes.len())).await {
                 Ok(inode) => inode,
@@ -95,14 +97,18 @@ fn full_volume_refuses_writes_and_keeps_what_it_accepted() {
             }
         };
         assert_eq!(full, FsError::NoSpace);
+        // What was preallocated in time can be written all the same.
+        client.write(preallocated, 5000, &pattern(99, 100_000)).await.unwrap();
+        client.sync(preallocated).await.unwrap();
         assert!(accepted >= 16, "only {accepted} MiB of 32 went in");
         client.sync(inodes[0]).await.unwrap();
         // Truncation works on the full volume, and makes room.
         client.truncate(inodes[0], 100).await.unwrap();
         client.write(inodes[1], 0, &pattern(4, 1 << 20)).await.unwrap();
-        (inodes, accepted)
+        (preallocated, inodes, accepted)
     });
     world.mounted(|_, client| async move {
+        assert!(client.read(preallocated, 5000, 100_000).await.unwrap() == pattern(99, 100_000));
         assert_eq!(client.read(inodes[0], 0, 4096).await.unwrap(), pattern(0, 1 << 20)[..100]);
         for piece in 4..accepted {
             let (inode, offset) = (inodes[piece as usize / 4], (piece % 4) << 20);

@@ -20,6 +20,7 @@ use clap::{Parser, Subcommand};
 
 use crate::failure::Failure;
 
+mod dump;
 mod fsck;
 mod identify;
 mod mkfs;
@@ -55,6 +56,7 @@ enum Task {
     Up(up::Up),
     Mkfs(mkfs::Mkfs),
     Fsck(fsck::Fsck),
+    Dump(dump::Dump),
     Identify(identify::Identify),
     Perf(perf::Perf),
     Status(status::Status),
@@ -68,6 +70,7 @@ impl Pollux {
             Task::Up(up) => up.run(),
             Task::Mkfs(mkfs) => mkfs.run(),
             Task::Fsck(fsck) => fsck.run(),
+            Task::Dump(dump) => dump.run(),
             Task::Identify(identify) => identify.run(),
             Task::Perf(perf) => perf.run(),
             Task::Status(status) => status.run(),

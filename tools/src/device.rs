@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fs_core::MountError;
+use fs_core::format::group::LayoutError;
 use fs_core::mkfs::{self, Force, FormatError, FormatOptions, FormatReport};
 use fs_core::superblock::SuperblockError;
 use nvme::stats::{Latencies, LatencyClass, LatencySnapshot, QueueCounters};
@@ -17,6 +18,7 @@ use reactor::block::BlockDevice;
 use reactor::{Clock, Context, CoreId, Options, ReactorConfig, ReactorId, Runtime, SystemClock};
 
 use crate::failure::{During, Failure};
+use crate::quantity::show_size;
 use crate::report::{LatencyReport, QueueReport};
 use nvme::spec_string::{EmulatedBacking, EmulatedSpec, Target};
 
@@ -116,7 +118,15 @@ fn seed() -> u64 {
 }
 
 fn open(spec: &DeviceSpec) -> Result<Arc<Controller>, Failure> {
-    nvme::open(spec, nvme::OpenOptions::default()).during("cannot open the device")
+    nvme::open(spec, nvme::OpenOptions::default()).map_err(|error| {
+        let failure = Failure::new(format!("cannot open the device: {error}"));
+        match file(spec) {
+            Some(path) if !path.exists() => {
+                failure.remedy(format!("to create it, add a size: emu:{},size=4GiB", path.display()))
+            }
+            _ => failure,
+        }
+    })
 }
 
 /// Runs `task` on a reactor of this thread, with a queue of the device, and shuts the device down.
@@ -173,7 +183,7 @@ pub struct Formatting {
     pub force: Force,
 }
 
-/// Makes an empty volume.
+/// Makes an empty volume. If that fails, a file that was created for it is removed.
 ///
 /// # Errors
 /// Says why not, and what to do.
@@ -184,7 +194,22 @@ pub fn format(spec: &DeviceSpec, formatting: &Formatting) -> Result<FormatReport
         let label = formatting.label.clone();
         mkfs::format(&ctx, &FormatOptions { shards, label, force: formatting.force }).await
     };
-    on_one_reactor(spec, format)?.map_err(|error| format_failure(&error))
+    let created = file(spec).filter(|path| !path.exists());
+    let formatted =
+        on_one_reactor(spec, format).and_then(|made| made.map_err(|error| format_failure(&error)));
+    if let (Err(_), Some(path)) = (&formatted, created) {
+        // A file that this call has made holds nothing; it may not even have come to that.
+        let _absent = std::fs::remove_file(path);
+    }
+    formatted
+}
+
+/// The file that a device lives in.
+fn file(spec: &DeviceSpec) -> Option<&Path> {
+    match &spec.target {
+        Target::Emulated(EmulatedSpec { backing: EmulatedBacking::File(path), .. }) => Some(path),
+        _ => None,
+    }
 }
 
 /// A small multiple of the cores, as far as each shard gets a reasonable share of the device.
@@ -197,8 +222,15 @@ fn default_shards(bytes: u64, cores: usize) -> u8 {
 fn format_failure(error: &FormatError) -> Failure {
     let failure = Failure::new(format!("cannot format: {error}"));
     match error {
+        FormatError::Layout { device, error: LayoutError::TooSmall { shards, needed, available } } => {
+            let (needed, available) = (show_size(*needed), show_size(*available));
+            Failure::new(format!("cannot format {device}: it has {available}, {shards} shards need {needed}"))
+                .remedy("use a larger device, or fewer shards: --shards N")
+        }
         FormatError::Occupied { .. } => failure.remedy("if its contents may be lost: pollux mkfs --force"),
-        FormatError::Layout { .. } => failure.remedy("use a larger device, or fewer shards: --shards N"),
+        FormatError::Layout { .. } => {
+            failure.remedy("use a device of another size, or other shards: --shards N")
+        }
         _ => failure,
     }
 }

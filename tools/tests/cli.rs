@@ -5,7 +5,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-const SUBCOMMANDS: [&str; 7] = ["up", "mkfs", "fsck", "identify", "perf", "status", "sync"];
+const SUBCOMMANDS: [&str; 8] = ["up", "mkfs", "fsck", "dump", "identify", "perf", "status", "sync"];
 
 fn run(program: &str, arguments: &[&str]) -> Output {
     Command::new(program).args(arguments).stdin(Stdio::null()).output().expect("cargo has built the program")

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use fs_core::mkfs::Force;
@@ -83,17 +83,9 @@ impl Up {
         let device = device::image(&self.image, Some(size))?;
         eprintln!("creating {} ({}) and formatting it", self.image.display(), show_size(size));
         let formatting = Formatting { shards: None, label: String::new(), force: Force::Refuse };
-        if let Err(failure) = device::format(&device, &formatting) {
-            remove_new(&self.image);
-            return Err(failure);
-        }
+        device::format(&device, &formatting)?;
         device::image(&self.image, None)
     }
-}
-
-fn remove_new(image: &Path) {
-    // It may not have come to its creation.
-    let _absent = fs::remove_file(image);
 }
 
 fn exact(bytes: u64) -> String {

@@ -1,5 +1,7 @@
 //! Where messages go: standard error, filtered by the environment variable `POLLUX_LOG`.
 
+use std::io::IsTerminal;
+
 use tracing_subscriber::EnvFilter;
 
 /// Messages shown if `POLLUX_LOG` is not set. fuser reports every reply that came too late (its asker was
@@ -13,6 +15,7 @@ pub fn start() {
     let _already_started = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .without_time()
         .try_init();

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use reactor::Context;
-use reactor::sim::{SimDisk, SimDiskOptions, SimOptions, Simulator};
+use reactor::sim::{CutPolicy, SimDisk, SimDiskOptions, SimOptions, Simulator, Tearing};
 
 use crate::error::FsError;
+use crate::fsck;
 use crate::mkfs::{self, Force, FormatOptions};
 use crate::request::{
     AttributeChange, Attributes, Caller, DirectoryEntry, FileKind, NewInode, RenameMode, Reply, Request,
@@ -45,19 +46,14 @@ impl Machine {
         Simulator::new(options)
     }
 
-    /// Formats, mounts, runs `test` in a task of the first reactor, unmounts. Returns what the test returned, and the
-    /// simulation's trace.
+    /// Formats, mounts, runs `test` in a task of the first reactor, unmounts, and checks the volume offline. Returns
+    /// what the test returned, and the simulation's trace.
     pub(super) fn run<T>(self, test: impl AsyncFnOnce(&Client) -> T) -> (T, u64) {
         let disk = self.disk();
         let simulator = self.simulator(&disk);
         let value = simulator.block_on(0, async |ctx| {
-            let options =
-                FormatOptions { shards: self.shards, label: "sim".to_owned(), force: Force::Refuse };
-            mkfs::format(&ctx, &options).await.unwrap();
-            let client = self.mount(&simulator, ctx).await;
-            let value = test(&client).await;
-            client.volume.unmount().await.unwrap();
-            value
+            format(&ctx, self.shards).await;
+            self.use_volume(&simulator, ctx, test).await
         });
         (value.unwrap_or_else(|error| panic!("{self:?}: {error}")), simulator.trace_hash())
     }
@@ -71,23 +67,57 @@ impl Machine {
         let disk = self.disk();
         let first = self.simulator(&disk);
         let value = first.block_on(0, async |ctx| {
-            let options =
-                FormatOptions { shards: self.shards, label: "sim".to_owned(), force: Force::Refuse };
-            mkfs::format(&ctx, &options).await.unwrap();
-            let client = self.mount(&first, ctx).await;
-            let value = test(&client).await;
-            client.volume.unmount().await.unwrap();
-            value
+            format(&ctx, self.shards).await;
+            self.use_volume(&first, ctx, test).await
         });
         let value = value.unwrap_or_else(|error| panic!("{self:?}: {error}"));
         drop(first);
         let second = self.simulator(&disk);
-        let ended = second.block_on(0, async |ctx| {
-            let client = self.mount(&second, ctx).await;
-            after(&client, value).await;
-            client.volume.unmount().await.unwrap();
-        });
+        let after = async |client: &Client| after(client, value).await;
+        let ended = second.block_on(0, async |ctx| self.use_volume(&second, ctx, after).await);
         ended.unwrap_or_else(|error| panic!("{self:?}, second mount: {error}"));
+    }
+
+    /// Formats, mounts, runs `test` and cuts the power after `writes` more writes have reached the device, whether the
+    /// test has ended by then or not; then checks the volume offline, and runs `after` on a new mount of it. Returns
+    /// whether the power went before the test had ended, and what `after` returned.
+    pub(super) fn run_and_crash<T>(
+        self,
+        writes: u64,
+        test: impl AsyncFnOnce(&Client),
+        after: impl AsyncFnOnce(&Client) -> T,
+    ) -> (bool, T) {
+        let disk = self.disk();
+        let first = self.simulator(&disk);
+        let ran = first.block_on(0, async |ctx| {
+            format(&ctx, self.shards).await;
+            let client = self.mount(&first, ctx).await;
+            disk.crash_after_writes(writes);
+            test(&client).await;
+        });
+        ran.unwrap_or_else(|error| panic!("{self:?}: {error}"));
+        let struck = disk.has_crashed();
+        disk.power_cut(&CutPolicy::Random { seed: self.seed ^ writes, tearing: Tearing::Sectors });
+        drop(first);
+        let second = self.simulator(&disk);
+        let ended = second.block_on(0, async |ctx| {
+            expect_clean(&ctx).await;
+            self.use_volume(&second, ctx, after).await
+        });
+        (struck, ended.unwrap_or_else(|error| panic!("{self:?}, after {writes} writes: {error}")))
+    }
+
+    async fn use_volume<T>(
+        self,
+        simulator: &Simulator,
+        ctx: Context,
+        test: impl AsyncFnOnce(&Client) -> T,
+    ) -> T {
+        let client = self.mount(simulator, ctx).await;
+        let value = test(&client).await;
+        client.volume.unmount().await.unwrap();
+        expect_clean(&client.ctx).await;
+        value
     }
 
     async fn mount(self, simulator: &Simulator, ctx: Context) -> Client {
@@ -95,6 +125,16 @@ impl Machine {
         let volume = Volume::mount(&ctx, &handles, MountOptions::default()).await.unwrap();
         Client { volume, ctx }
     }
+}
+
+async fn format(ctx: &Context, shards: u8) {
+    let options = FormatOptions { shards, label: "sim".to_owned(), force: Force::Refuse };
+    mkfs::format(ctx, &options).await.unwrap();
+}
+
+async fn expect_clean(ctx: &Context) {
+    let report = fsck::check(ctx, &mut |_| {}).await.unwrap();
+    assert!(report.is_clean(), "{:#?}", report.findings);
 }
 
 /// What a front end does, in words of this test.
@@ -188,9 +228,9 @@ impl Client {
         self.call(Request::Forget { inode, lookups }).await.unwrap();
     }
 
-    pub(super) async fn sync(&self) {
+    pub(super) async fn sync(&self) -> Result<(), FsError> {
         let request = Request::Sync { inode: InodeNr::ROOT, scope: SyncScope::Volume };
-        self.call(request).await.unwrap();
+        self.call(request).await.map(drop)
     }
 
     /// All entries of a directory, `limit` at a time, `.` and `..` included.

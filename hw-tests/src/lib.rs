@@ -292,7 +292,7 @@ pub fn make_tree(root: &Path, files: u64, seed: u64) -> Result<()> {
         fs::File::create(&path)?.write_all(&random.bytes(usize::try_from(length)?))?;
         match index % 50 {
             7 => {
-                std::os::unix::fs::symlink(format!("file-{index}"), directory.join(format!("link-{index}")))?
+                std::os::unix::fs::symlink(format!("file-{index}"), directory.join(format!("link-{index}")))?;
             }
             13 => fs::hard_link(&path, directory.join(format!("hard-{index}")))?,
             _ => {}

@@ -10,7 +10,7 @@
 //! | control socket | conversations ended, socket removed |
 //! | wait for SIGINT, SIGTERM, or the end of the session (umount(8)) | |
 //!
-//! The end: the mount is taken away, politely for [`POLITE_PERIOD`] and then by force, so that nothing more is
+//! The end: the mount is taken away, politely for `POLITE_PERIOD` and then by force, so that nothing more is
 //! accepted; then everything accepted is written and made durable. A second signal during the first part ends the
 //! politeness; during the second it ends the process at once (what was acknowledged as durable stays so).
 

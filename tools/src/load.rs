@@ -5,7 +5,7 @@
 //! request after the other. Requests that begin before the warm-up is over are not counted, nor those that end after
 //! the runtime.
 //!
-//! Invariant: every reactor reports, whatever fails: a task that meets [`TASK_ERROR_LIMIT`] errors gives up.
+//! Invariant: every reactor reports, whatever fails: a task that meets `TASK_ERROR_LIMIT` errors gives up.
 //!
 //! Excludes: how the figures are shown.
 

@@ -1,3 +1,5 @@
+//! Operation slots: buffers come back, dropped futures keep theirs.
+
 use super::*;
 use crate::block::{LbaCount, OpTag};
 use crate::dma::HeapRegion;

@@ -1,3 +1,5 @@
+//! DMA pool and buddy allocator.
+
 use super::*;
 use std::sync::atomic::AtomicUsize;
 use std::task::Wake;

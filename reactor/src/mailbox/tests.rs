@@ -1,3 +1,5 @@
+//! Mailboxes between threads: order, backpressure, closing.
+
 use super::*;
 use crate::bell::Bell;
 use crate::handle::Shared;

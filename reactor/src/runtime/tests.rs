@@ -1,3 +1,5 @@
+//! Reactors on real threads: starting, waking, stopping, draining.
+
 use super::*;
 use crate::sim::{SimDisk, SimDiskOptions};
 use crate::{Durability, Lba, SpawnError, SystemClock, mailbox, oneshot};

@@ -1,3 +1,5 @@
+//! The simulator: repeatability, virtual time, deadlock detection.
+
 use super::*;
 use crate::block::{Durability, Lba};
 use crate::{SendError, mailbox, oneshot};

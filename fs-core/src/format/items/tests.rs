@@ -1,3 +1,5 @@
+//! Items: what is written is read back, and what makes no sense is refused.
+
 use super::*;
 
 fn record() -> InodeRecord {

@@ -1,3 +1,5 @@
+//! PRP entries and lists, well formed and not.
+
 use proptest::prelude::*;
 use vm_memory::Bytes;
 

@@ -1,3 +1,5 @@
+//! The simulated disk: its volatile cache, power cuts and faults.
+
 use super::*;
 use crate::sim::{SimOptions, Simulator};
 use crate::{Context, Disk};

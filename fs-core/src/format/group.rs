@@ -58,7 +58,7 @@ const MAGIC: [u8; 8] = *b"PLXGROUP";
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
     /// Not enough room for the shards asked for.
-    #[error("{shards} shards need at least {needed} bytes, the device has {available}")]
+    #[error("{shards} shard(s) need at least {} MiB, the device has {} MiB", needed.div_ceil(1 << 20), available >> 20)]
     TooSmall {
         /// Shards asked for.
         shards: u8,

@@ -19,7 +19,7 @@ pub enum EmulatorError {
         source: io::Error,
     },
     /// The image does not exist and no size was given to create it with.
-    #[error("image {} does not exist; give a size to create it", path.display())]
+    #[error("image {} does not exist; add a size to create it, as in `,size=4GiB`", path.display())]
     Missing {
         /// The image.
         path: PathBuf,

@@ -21,7 +21,7 @@ use reactor::WallTime;
 
 use crate::error::FsError;
 use crate::tree::{Key, Missing, Tree};
-use crate::types::{BlockCount, BlockNr, Epoch, ShardId};
+use crate::types::{BlockCount, BlockNr};
 
 /// Why a plan stopped.
 #[derive(Debug)]
@@ -50,12 +50,8 @@ pub(crate) type Plan<T> = Result<T, Interrupt>;
 /// What a plan may know beside the tree.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BatchContext {
-    /// The shard.
-    pub(crate) shard: ShardId,
     /// Time of the transaction, for time stamps.
     pub(crate) now: WallTime,
-    /// The epoch that the transaction would join if it committed now.
-    pub(crate) epoch: Epoch,
     /// Key of the directory hash.
     pub(crate) hash_seed: [u8; 16],
 }
@@ -89,16 +85,6 @@ impl<'tree> Batch<'tree> {
     /// Time of the transaction.
     pub(crate) fn now(&self) -> WallTime {
         self.context.now
-    }
-
-    /// The epoch that the transaction joins.
-    pub(crate) fn epoch(&self) -> Epoch {
-        self.context.epoch
-    }
-
-    /// The shard whose tree this is.
-    pub(crate) fn shard(&self) -> ShardId {
-        self.context.shard
     }
 
     /// Key of the directory hash.

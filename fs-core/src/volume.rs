@@ -1,7 +1,7 @@
 //! A mounted volume: what front ends hold, and what its shards share.
 //!
-//! Owns: [`Volume`] (mount, requests, unmount), [`VolumeShared`] (the few atomics that all shards see) and the
-//! reports. Mounting is in [`mount`](self::mount), checkpoints in [`coordinator`](self::coordinator).
+//! Owns: [`Volume`] (mount, requests, unmount), `VolumeShared` (the few atomics that all shards see) and the
+//! reports. Mounting is in `volume/mount.rs`, checkpoints in `volume/coordinator.rs`.
 //!
 //! A `Volume` is a handle: cheap to clone, usable from any thread. A request goes to the mailbox of the shard that
 //! owns its first inode and is answered on that shard's reactor. A write takes the short way: space is reserved and

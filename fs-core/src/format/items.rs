@@ -17,7 +17,7 @@
 //!   names' lengths; every sequence is below the inode's `next_sequence` and at least [`FIRST_SEQUENCE`];
 //! - a directory's link count is 2 + its subdirectories, or 0 once it is removed; any other inode's is its number of
 //!   entries in all directories of all shards;
-//! - a link count is 0 exactly if there is an intent [`Intent::Orphan`] for the inode;
+//! - a link count is 0 exactly if there is an intent `Intent::Orphan` for the inode;
 //! - `xattr_names` is the sum of the lengths of the attributes' names, each with one byte for the NUL of a listing;
 //! - reserved bytes are zero.
 //!
@@ -151,7 +151,7 @@ pub struct RawInode {
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct RawIntent {
-    /// 1: [`Intent::Orphan`], 2: [`Intent::Truncate`]; as the key's minor.
+    /// 1: `Intent::Orphan`, 2: `Intent::Truncate`; as the key's minor.
     pub code: u8,
     /// Zero.
     pub reserved: [u8; 7],

@@ -121,7 +121,7 @@ impl Shard {
         loop {
             let outcome = {
                 let tree = self.tree.borrow();
-                let batch = Batch::new(&tree, self.batch_context(self.epochs.current()));
+                let batch = Batch::new(&tree, self.batch_context());
                 plan(&batch)
             };
             match outcome {
@@ -141,7 +141,7 @@ impl Shard {
         loop {
             let outcome = {
                 let tree = self.tree.borrow();
-                let mut batch = Batch::new(&tree, self.batch_context(self.epochs.current()));
+                let mut batch = Batch::new(&tree, self.batch_context());
                 plan(&mut batch).and_then(|value| {
                     for key in batch.finish().items.keys() {
                         tree.touch(key)?;
@@ -167,7 +167,7 @@ impl Shard {
         assert_eq!(epoch, self.epochs.current(), "a commit happens in the epoch just entered");
         let (value, changes) = {
             let tree = self.tree.borrow();
-            let mut batch = Batch::new(&tree, self.batch_context(self.epochs.current()));
+            let mut batch = Batch::new(&tree, self.batch_context());
             let value = plan(&mut batch)?;
             let changes = batch.finish();
             for key in changes.items.keys() {
@@ -206,8 +206,8 @@ impl Shard {
         }
     }
 
-    fn batch_context(&self, epoch: Epoch) -> BatchContext {
-        BatchContext { shard: self.id, now: self.ctx.wall(), epoch, hash_seed: self.volume.hash_seed }
+    fn batch_context(&self) -> BatchContext {
+        BatchContext { now: self.ctx.wall(), hash_seed: self.volume.hash_seed }
     }
 
     /// Reserves space. When there is none, asks other shards for an empty group, waits for the deletions that are

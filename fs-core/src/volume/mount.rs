@@ -101,6 +101,15 @@ struct Mailboxes {
     peers: Receiver<PeerMessage>,
 }
 
+/// What the shards share, and the receiving ends of its mailboxes.
+struct Shared {
+    volume: Arc<VolumeShared>,
+    /// Of each shard.
+    mailboxes: Vec<Mailboxes>,
+    /// The coordinator's.
+    checkpoints: Receiver<CoordinatorMessage>,
+}
+
 impl Volume {
     /// Mounts the volume on the device of these reactors, all of which have a queue of it. Runs in a task of the
     /// first. Shards are dealt out to the reactors in turn.
@@ -130,7 +139,8 @@ impl Volume {
         for warning in &warnings {
             tracing::warn!(device, warning);
         }
-        let (shared, mailboxes, checkpoints) = share(&superblock, handles, &options, warnings)?;
+        let Shared { volume: shared, mailboxes, checkpoints } =
+            share(&superblock, handles, &options, warnings)?;
         start_shards(&shared, &superblock, mailboxes, groups, &options).await.map_err(failed)?;
         let coordinator = Coordinator { ctx: ctx.clone(), disk, volume: Arc::clone(&shared), superblock };
         spawn(ctx, coordinator.run(checkpoints)).map_err(failed)?;
@@ -176,7 +186,7 @@ fn share(
     handles: &[ReactorHandle],
     options: &MountOptions,
     warnings: Vec<String>,
-) -> Result<(Arc<VolumeShared>, Vec<Mailboxes>, Receiver<CoordinatorMessage>), MountError> {
+) -> Result<Shared, MountError> {
     let first = handles.first().ok_or(MountError::NoReactors)?;
     let shard_count = u64::from(superblock.shard_count());
     let dirty_pages = options.page_memory / shard_count / DIRTY_SHARE / BLOCK_SIZE;
@@ -212,7 +222,7 @@ fn share(
         label: superblock.label.clone(),
         blocks: superblock.layout.blocks().get(),
     };
-    Ok((Arc::new(shared), mailboxes, checkpoints))
+    Ok(Shared { volume: Arc::new(shared), mailboxes, checkpoints })
 }
 
 /// Starts every shard on its reactor and waits until all run.

@@ -61,8 +61,7 @@ impl Bench {
 
     fn commit<T>(&mut self, plan: impl FnOnce(&mut Batch<'_>) -> Plan<T>) -> T {
         let now = WallTime::new(1, 0).unwrap();
-        let context =
-            BatchContext { shard: ShardId::new(0).unwrap(), now, epoch: Epoch::new(1), hash_seed: [0; 16] };
+        let context = BatchContext { now, hash_seed: [0; 16] };
         let mut batch = Batch::new(&self.tree, context);
         let value = plan(&mut batch).unwrap();
         let changes = batch.finish();
@@ -316,8 +315,7 @@ fn run_of_another_generation_is_damage() {
         Ok(())
     });
     let now = WallTime::new(1, 0).unwrap();
-    let context =
-        BatchContext { shard: ShardId::new(0).unwrap(), now, epoch: Epoch::new(1), hash_seed: [0; 16] };
+    let context = BatchContext { now, hash_seed: [0; 16] };
     let batch = Batch::new(&bench.tree, context);
     let outcome = data_segments(&batch, FILES[0], 0..BLOCK_SIZE);
     assert!(matches!(outcome, Err(Interrupt::Failed(FsError::Damaged { .. }))));

@@ -35,6 +35,7 @@ struct Bench {
     tree: Tree,
     space: EndlessSpace,
     context: BatchContext,
+    epoch: Epoch,
 }
 
 impl Bench {
@@ -45,7 +46,7 @@ impl Bench {
         let mut space = EndlessSpace(0);
         let tree = Tree::empty(TreeIdentity { volume: 1, shard }, epoch, &mut space);
         let now = WallTime::new(1000, 0).unwrap();
-        let mut bench = Self { tree, space, context: BatchContext { shard, now, epoch, hash_seed: [3; 16] } };
+        let mut bench = Self { tree, space, context: BatchContext { now, hash_seed: [3; 16] }, epoch };
         bench.commit(|batch| {
             let mut root = InodeRecord::new(FileKind::Directory, 0o755, 0, 0, batch.now());
             root.parent = InodeNr::ROOT;
@@ -65,10 +66,10 @@ impl Bench {
         for (key, value) in batch.finish().items {
             match value {
                 Some(value) => {
-                    self.tree.insert(key, &value, self.context.epoch, &mut self.space).unwrap();
+                    self.tree.insert(key, &value, self.epoch, &mut self.space).unwrap();
                 }
                 None => {
-                    self.tree.remove(&key, self.context.epoch, &mut self.space).unwrap();
+                    self.tree.remove(&key, self.epoch, &mut self.space).unwrap();
                 }
             }
         }

@@ -216,6 +216,24 @@ impl FileData {
         }
     }
 
+    /// The pages of `runs` that no single pending write covers wholly: what the device holds of the others is not
+    /// wanted, and may be damaged. Pending writes of a range stay pending while the caller holds it.
+    pub(super) fn without_pending(&self, runs: Vec<Range<u64>>) -> Vec<Range<u64>> {
+        if self.pending.is_empty() || runs.is_empty() {
+            return runs;
+        }
+        let mut wanted = RangeSet::default();
+        runs.into_iter().for_each(|run| wanted.insert(run));
+        for pending in &self.pending {
+            let range = pending.range();
+            let whole = range.start.div_ceil(BLOCK_SIZE)..range.end / BLOCK_SIZE;
+            if !whole.is_empty() {
+                wanted.remove(whole);
+            }
+        }
+        wanted.runs().collect()
+    }
+
     // ---- pages ----
 
     /// Writes `range` of a page and returns whether that made it dirty.

@@ -104,7 +104,7 @@ impl Shard {
             if next < window.end {
                 missing.push(next..window.end);
             }
-            missing
+            data.without_pending(missing)
         };
         let missed: u64 = missing.iter().map(|run| run.end - run.start).sum();
         add(&self.data.figures.page_hits, window.end - window.start - missed);

@@ -58,8 +58,9 @@ impl World {
         let options = self.options.clone();
         self.run(|ctx| async move {
             let volume = Volume::mount(&ctx, &[handle], options).await.unwrap();
-            let result = task(ctx, Client { volume: volume.clone() }).await;
+            let result = task(ctx.clone(), Client { volume: volume.clone() }).await;
             volume.unmount().await.unwrap();
+            crate::fsck::tests::assert_clean(&ctx).await;
             result
         })
     }

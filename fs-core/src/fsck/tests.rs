@@ -286,6 +286,13 @@ fn sample() -> Sample {
     Sample { builder, a, b, f, f_extent, f_second, symlink, orphan }
 }
 
+/// Checks the volume on the reactor's device, data included, and names what is wrong with it.
+pub(crate) async fn assert_clean(ctx: &Context) {
+    let report = check_with(ctx, DataCheck::Verify, &mut |_| {}).await.unwrap();
+    let findings: Vec<String> = report.findings.iter().map(ToString::to_string).collect();
+    assert!(report.is_clean(), "fsck: {findings:#?}");
+}
+
 /// The sample volume, and the file in it that has a bit of everything.
 pub(crate) fn sample_volume() -> (SimDisk, InodeNr) {
     let sample = sample();

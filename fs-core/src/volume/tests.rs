@@ -30,6 +30,8 @@ pub(super) fn with_volume<T>(disk: &SimDisk, seed: u64, f: impl AsyncFnOnce(&Con
     let sim = Simulator::new(options);
     let handles: Vec<ReactorHandle> = (0..usize::from(REACTORS)).map(|index| sim.handle(index)).collect();
     sim.block_on(0, |ctx: Context| async move {
+        // Whatever the last mount or a power cut has left is sound without recovery.
+        crate::fsck::tests::assert_clean(&ctx).await;
         let volume = Volume::mount(&ctx, &handles, MountOptions::default()).await.expect("the volume mounts");
         f(&ctx, &volume).await
     })

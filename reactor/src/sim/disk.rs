@@ -119,6 +119,7 @@ struct Medium {
     /// Writes that may still reach the medium.
     writes_left: Option<u64>,
     faults: Vec<(FaultKind, LbaRange)>,
+    observer: Option<Rc<dyn Fn(&SimDisk)>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -182,6 +183,7 @@ impl SimDisk {
             writes: 0,
             writes_left: None,
             faults: Vec::new(),
+            observer: None,
         };
         Self { medium: Rc::new(RefCell::new(medium)) }
     }
@@ -218,40 +220,25 @@ impl SimDisk {
     /// [`crash_after_writes`](Self::crash_after_writes).
     pub fn power_cut(&self, policy: &CutPolicy) {
         let mut medium = self.medium.borrow_mut();
-        let mut unsettled: Vec<_> = medium.cached.drain(..).map(|write| (write.offset, write.data)).collect();
-        let lba_size = u64::from(medium.options.lba_size);
-        let mut in_flight: Vec<_> = medium
-            .queues
-            .iter()
-            .filter(|queue| !queue.dead)
-            .flat_map(|queue| queue.in_flight.values())
-            .filter_map(|operation| effect(&operation.request, lba_size))
-            .collect();
-        if let CutPolicy::Random { seed, .. } = policy {
-            shuffle(&mut in_flight, &Random::new(*seed, 1));
-        }
-        unsettled.append(&mut in_flight);
-        let decide = Random::new(if let CutPolicy::Random { seed, .. } = policy { *seed } else { 0 }, 0);
-        let mut image = medium.durable.clone();
-        for (index, (offset, data)) in unsettled.iter().enumerate() {
-            match policy {
-                CutPolicy::DropAll => {}
-                CutPolicy::KeepAll => data.store(&mut image, *offset),
-                CutPolicy::Select(kept) if kept.get(index) == Some(&true) => data.store(&mut image, *offset),
-                CutPolicy::Select(_) => {}
-                CutPolicy::Random { tearing, .. } => match (decide.below(3), tearing) {
-                    (0, _) => {}
-                    (1, Tearing::Sectors) => data.store_torn(&mut image, *offset, &decide),
-                    _ => data.store(&mut image, *offset),
-                },
-            }
-        }
+        let image = medium.survivor(policy);
+        medium.cached.clear();
         medium.current = image.clone();
         medium.durable = image;
         medium.writes_left = None;
         for queue in &mut medium.queues {
             queue.dead = true;
         }
+    }
+
+    /// What a [`power_cut`](Self::power_cut) at this moment would leave behind. Nothing changes.
+    pub fn image_after_cut(&self, policy: &CutPolicy) -> DiskImage {
+        self.medium.borrow().survivor(policy)
+    }
+
+    /// Calls `observer` after each write, zeroing or deallocation that has taken effect, before anybody is told of
+    /// it: for looking at every moment at which the power could go. It replaces an observer set before.
+    pub fn observe_writes(&self, observer: impl Fn(&SimDisk) + 'static) {
+        self.medium.borrow_mut().observer = Some(Rc::new(observer));
     }
 
     /// Writes whose fate a power cut would decide now: the unflushed, in order of completion, then those in flight.
@@ -373,6 +360,39 @@ fn shuffle<T>(items: &mut [T], random: &Random) {
 }
 
 impl Medium {
+    /// What a power cut would leave behind.
+    fn survivor(&self, policy: &CutPolicy) -> DiskImage {
+        let lba_size = u64::from(self.options.lba_size);
+        let mut in_flight: Vec<_> = self
+            .queues
+            .iter()
+            .filter(|queue| !queue.dead)
+            .flat_map(|queue| queue.in_flight.values())
+            .filter_map(|operation| effect(&operation.request, lba_size))
+            .collect();
+        if let CutPolicy::Random { seed, .. } = policy {
+            shuffle(&mut in_flight, &Random::new(*seed, 1));
+        }
+        let cached = self.cached.iter().map(|write| (write.offset, &write.data));
+        let unsettled = cached.chain(in_flight.iter().map(|(offset, data)| (*offset, data)));
+        let decide = Random::new(if let CutPolicy::Random { seed, .. } = policy { *seed } else { 0 }, 0);
+        let mut image = self.durable.clone();
+        for (index, (offset, data)) in unsettled.enumerate() {
+            match policy {
+                CutPolicy::DropAll => {}
+                CutPolicy::KeepAll => data.store(&mut image, offset),
+                CutPolicy::Select(kept) if kept.get(index) == Some(&true) => data.store(&mut image, offset),
+                CutPolicy::Select(_) => {}
+                CutPolicy::Random { tearing, .. } => match (decide.below(3), tearing) {
+                    (0, _) => {}
+                    (1, Tearing::Sectors) => data.store_torn(&mut image, offset, &decide),
+                    _ => data.store(&mut image, offset),
+                },
+            }
+        }
+        image
+    }
+
     fn now(&self) -> Instant {
         self.clock.as_ref().map_or(Instant::ZERO, |clock| clock.now())
     }
@@ -528,7 +548,13 @@ impl SimQueue {
             return None;
         }
         let mut operation = entry.remove();
+        let writes = medium.writes;
         let result = if dead { Err(power_lost()) } else { medium.perform(&mut operation) };
+        let observer = medium.observer.clone().filter(|_| medium.writes > writes);
+        drop(medium);
+        if let Some(observe) = observer {
+            observe(&self.disk);
+        }
         let buffer: Option<DmaBuffer> = match operation.request {
             Request::Read { buffer, .. } | Request::Write { buffer, .. } => Some(buffer),
             Request::Flush | Request::WriteZeroes(_) | Request::Deallocate(_) => None,

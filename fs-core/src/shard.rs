@@ -255,9 +255,12 @@ impl Shard {
         }
     }
 
-    /// Every inode in use.
+    /// Every inode in use, in the order of their numbers.
     pub(crate) fn inodes_in_use(&self) -> Vec<Rc<Inode>> {
-        self.inodes.borrow().values().map(Rc::clone).collect()
+        let mut inodes: Vec<Rc<Inode>> = self.inodes.borrow().values().map(Rc::clone).collect();
+        // Not in the table's order: that differs from run to run, and what is done in it must not.
+        inodes.sort_unstable_by_key(|inode| inode.nr);
+        inodes
     }
 
     /// A number for a new inode of this shard; never given twice, also across mounts.
@@ -289,8 +292,18 @@ impl Shard {
 
     /// Keeps every tree node that is in memory there, as long as the guard lives.
     pub(crate) fn hold_nodes(self: &Rc<Self>) -> NodeHold {
-        self.eviction_holds.set(self.eviction_holds.get() + 1);
+        self.begin_node_hold();
         NodeHold { shard: Rc::clone(self) }
+    }
+
+    /// Keeps every tree node that is in memory there, until [`end_node_hold`](Self::end_node_hold).
+    pub(crate) fn begin_node_hold(&self) {
+        self.eviction_holds.set(self.eviction_holds.get() + 1);
+    }
+
+    /// Ends what [`begin_node_hold`](Self::begin_node_hold) began.
+    pub(crate) fn end_node_hold(&self) {
+        self.eviction_holds.set(self.eviction_holds.get() - 1);
     }
 
     fn report(&self) -> ShardReport {
@@ -317,6 +330,6 @@ pub(crate) struct NodeHold {
 
 impl Drop for NodeHold {
     fn drop(&mut self) {
-        self.shard.eviction_holds.set(self.shard.eviction_holds.get() - 1);
+        self.shard.end_node_hold();
     }
 }

@@ -32,6 +32,38 @@ const NODES_AT_ROOT: u64 = 3 + 4;
 
 const _: () = assert!((MAX_ITEMS as usize) < INNER_CAPACITY / 2);
 
+/// Nodes that a plan may miss before eviction has to wait for it: with little memory, plans that run at the same time
+/// could otherwise take each other's nodes away for ever.
+const MISSES_BEFORE_HOLD: u32 = 16;
+
+/// Loads what a plan misses.
+struct Loader<'a> {
+    shard: &'a Shard,
+    misses: u32,
+}
+
+impl<'a> Loader<'a> {
+    fn new(shard: &'a Shard) -> Self {
+        Self { shard, misses: 0 }
+    }
+
+    async fn load(&mut self, missing: Missing) -> Result<(), FsError> {
+        self.misses += 1;
+        if self.misses == MISSES_BEFORE_HOLD {
+            self.shard.begin_node_hold();
+        }
+        self.shard.load(missing).await
+    }
+}
+
+impl Drop for Loader<'_> {
+    fn drop(&mut self) {
+        if self.misses >= MISSES_BEFORE_HOLD {
+            self.shard.end_node_hold();
+        }
+    }
+}
+
 /// What a transaction may cost at most.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Credit {
@@ -105,19 +137,21 @@ impl Shard {
         reservation: &mut Reservation,
         mut plan: impl FnMut(&mut Batch<'_>) -> Plan<T>,
     ) -> Result<T, FsError> {
+        let mut loader = Loader::new(self);
         loop {
             self.volume.check_writable()?;
             let epoch = self.enter_epoch().await;
             match self.try_commit(epoch, reservation, &mut plan) {
                 Ok(value) => return Ok(value),
                 Err(Interrupt::Failed(error)) => return Err(error),
-                Err(Interrupt::Missing(missing)) => self.load(missing).await?,
+                Err(Interrupt::Missing(missing)) => loader.load(missing).await?,
             }
         }
     }
 
     /// Runs `plan` without committing anything.
     pub(crate) async fn view<T>(&self, mut plan: impl FnMut(&Batch<'_>) -> Plan<T>) -> Result<T, FsError> {
+        let mut loader = Loader::new(self);
         loop {
             let outcome = {
                 let tree = self.tree.borrow();
@@ -127,7 +161,7 @@ impl Shard {
             match outcome {
                 Ok(value) => return Ok(value),
                 Err(Interrupt::Failed(error)) => return Err(error),
-                Err(Interrupt::Missing(missing)) => self.load(missing).await?,
+                Err(Interrupt::Missing(missing)) => loader.load(missing).await?,
             }
         }
     }
@@ -138,6 +172,7 @@ impl Shard {
         &self,
         mut plan: impl FnMut(&mut Batch<'_>) -> Plan<T>,
     ) -> Result<T, FsError> {
+        let mut loader = Loader::new(self);
         loop {
             let outcome = {
                 let tree = self.tree.borrow();
@@ -152,7 +187,7 @@ impl Shard {
             match outcome {
                 Ok(value) => return Ok(value),
                 Err(Interrupt::Failed(error)) => return Err(error),
-                Err(Interrupt::Missing(missing)) => self.load(missing).await?,
+                Err(Interrupt::Missing(missing)) => loader.load(missing).await?,
             }
         }
     }

@@ -9,6 +9,14 @@ use super::*;
 use crate::mkfs::{Force, FormatOptions, format};
 use crate::request::{Attributes, Caller, FileKind, NewInode, RenameMode};
 
+mod client;
+mod crash;
+mod history;
+mod model;
+mod oracle;
+mod simulate;
+mod world;
+
 const SHARDS: u8 = 3;
 const REACTORS: u16 = 2;
 

@@ -32,7 +32,7 @@ use crate::locks::lock;
 use crate::namespace::Namespace;
 use crate::power_cut::{CutPolicy, CutReport};
 use crate::queue::{CompletionSlot, DoorbellCheck, Posted, SubmissionQueue, SubmissionSlot, bump};
-use crate::registers::{Event, Registers, State};
+use crate::registers::{Registers, State};
 use crate::worker::{self, WorkerSet};
 
 /// Bytes of BAR0 before the doorbells end are rounded up to this.
@@ -607,9 +607,7 @@ impl Core {
     #[cold]
     pub(crate) fn fail(&self, why: &str) {
         tracing::error!(why, "controller fatal status");
-        if self.registers.apply(Event::Fatal).0 != State::Disabled {
-            self.registers.update_csts(|csts| csts.with_cfs(true));
-        }
+        self.registers.fail_if_enabled();
     }
 
     fn counters(&self) -> Counters {

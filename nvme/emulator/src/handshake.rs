@@ -54,7 +54,6 @@ impl Core {
         if let Err(why) = self.install_admin_queue(cc) {
             tracing::error!(why, "controller cannot be enabled");
             self.registers.apply(Event::Fatal);
-            self.registers.update_csts(|csts| csts.with_cfs(true));
             return;
         }
         lock(&self.admin).clean_shutdown = false;

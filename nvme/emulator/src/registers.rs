@@ -109,16 +109,13 @@ impl Registers {
         State::from_raw(self.state.load(Ordering::Acquire))
     }
 
-    /// Moves to the state after `event` and returns the one before and the one after.
-    pub(crate) fn apply(&self, event: Event) -> (State, State) {
+    /// Moves to the state after `event`.
+    pub(crate) fn apply(&self, event: Event) {
         let mut raw = self.state.load(Ordering::Acquire);
         loop {
-            let before = State::from_raw(raw);
-            let after = before.after(event);
-            let swap =
-                self.state.compare_exchange_weak(raw, after as u8, Ordering::AcqRel, Ordering::Acquire);
-            match swap {
-                Ok(_) => return (before, after),
+            let after = State::from_raw(raw).after(event) as u8;
+            match self.state.compare_exchange_weak(raw, after, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return,
                 Err(now) => raw = now,
             }
         }
@@ -133,11 +130,24 @@ impl Registers {
         Cc::from(self.cc.swap(value, Ordering::AcqRel))
     }
 
+    /// CSTS as the host reads it: CFS is nothing but the state.
     pub(crate) fn csts(&self) -> Csts {
-        Csts::from(self.csts.load(Ordering::Acquire))
+        Csts::from(self.csts.load(Ordering::Acquire)).with_cfs(self.state() == State::Failed)
     }
 
-    /// Changes CSTS atomically.
+    /// A fatal error met while executing. Ignored once a reset has begun: what it is about is being taken away.
+    pub(crate) fn fail_if_enabled(&self) {
+        let mut raw = self.state.load(Ordering::Acquire);
+        while State::from_raw(raw) != State::Disabled {
+            let failed = State::from_raw(raw).after(Event::Fatal) as u8;
+            match self.state.compare_exchange_weak(raw, failed, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return,
+                Err(now) => raw = now,
+            }
+        }
+    }
+
+    /// Changes CSTS (but for CFS) atomically.
     pub(crate) fn update_csts(&self, change: impl Fn(Csts) -> Csts) {
         let mut raw = self.csts.load(Ordering::Acquire);
         loop {
@@ -178,5 +188,19 @@ mod tests {
                 assert_eq!(state.after(event), after, "{state:?} {event:?}");
             }
         }
+    }
+
+    /// A queue that was found unmapped while a reset took it away left the controller `Failed` without CFS: it could
+    /// never be enabled again.
+    #[test]
+    fn fatal_error_met_during_a_reset_does_not_outlive_it() {
+        let registers = Registers::new(&ControllerConfig::default());
+        registers.fail_if_enabled();
+        assert_eq!(registers.state(), State::Disabled);
+        registers.apply(Event::Enable);
+        registers.fail_if_enabled();
+        assert_eq!((registers.state(), registers.csts().cfs()), (State::Failed, true));
+        registers.apply(Event::Disable);
+        assert!(!registers.csts().cfs());
     }
 }

@@ -271,7 +271,7 @@ pub(crate) enum Outcome {
 }
 
 impl Core {
-    fn new(config: ControllerConfig) -> Result<Self, EmulatorError> {
+    pub(crate) fn new(config: ControllerConfig) -> Result<Self, EmulatorError> {
         let mut namespaces = config
             .namespaces
             .iter()
@@ -393,7 +393,7 @@ impl Core {
 
     /// A doorbell write (§3.1.24, §3.1.25).
     #[inline]
-    fn doorbell(&self, offset: u64, value: u32) {
+    pub(crate) fn doorbell(&self, offset: u64, value: u32) {
         if !self.is_ready() {
             return;
         }

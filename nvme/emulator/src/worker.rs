@@ -122,3 +122,56 @@ fn sleep(core: &Core, index: usize, step: usize) {
     }
     me.asleep.store(false, Ordering::Relaxed);
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use nvme_spec::registers::{self, Aqa, Cc};
+
+    use super::*;
+    use crate::config::{ControllerConfig, Mode, ThreadOptions};
+
+    /// Longer than any sleep that is not for ever.
+    const DEADLINE: Duration = Duration::from_secs(60);
+
+    /// An enabled controller for two threads, none of which was started.
+    fn core_without_threads() -> Arc<Core> {
+        let mode = Mode::Threaded(ThreadOptions { workers: 2, ..ThreadOptions::default() });
+        let core = Core::new(ControllerConfig { mode, ..ControllerConfig::default() }).unwrap();
+        let memory = core.dma.map(8192).unwrap();
+        core.registers.aqa.store(Aqa::new().with_asqs_z(15).with_acqs_z(15).into(), Ordering::Release);
+        core.registers.asq.store(memory.iova(), Ordering::Release);
+        core.registers.acq.store(memory.iova() + 4096, Ordering::Release);
+        core.write_cc(Cc::new().with_en(true).into());
+        core.apply_cc();
+        assert!(core.workers.handshake.swap(false, Ordering::AcqRel) && core.is_ready());
+        std::mem::forget(memory); // stays mapped as long as the process
+        Arc::new(core)
+    }
+
+    /// Whether thread `index` would go to sleep now, for ever as far as this test can tell.
+    fn returns_from_sleep(core: &Arc<Core>, index: usize) -> bool {
+        let (done, returned) = mpsc::channel();
+        let core = Arc::clone(core);
+        thread::spawn(move || {
+            sleep(&core, index, 2);
+            let _ = done.send(());
+        });
+        returned.recv_timeout(DEADLINE).is_ok()
+    }
+
+    /// What was announced between the last look and `asleep` must be seen by the second look.
+    #[test]
+    fn thread_that_has_something_to_do_does_not_sleep() {
+        let core = core_without_threads();
+        core.doorbell(registers::DOORBELL_BASE, 1);
+        assert!(returns_from_sleep(&core, 0), "doorbell missed");
+        let core = core_without_threads();
+        core.workers.request_handshake();
+        assert!(returns_from_sleep(&core, 0), "write to CC missed");
+        let core = core_without_threads();
+        core.workers.stop();
+        assert!(returns_from_sleep(&core, 0) && returns_from_sleep(&core, 1), "stop missed");
+    }
+}

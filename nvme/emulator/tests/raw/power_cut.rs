@@ -248,6 +248,25 @@ fn cache_that_overflows_writes_its_oldest_back() {
 }
 
 #[test]
+fn read_or_compare_with_fua_makes_what_it_sees_durable() {
+    for opcode in [nvme_spec::NvmOpcode::READ, nvme_spec::NvmOpcode::COMPARE] {
+        let mut host = Host::new(config(512));
+        let mut io = host.io_pair(1, 8);
+        let data = pattern(1, 512);
+        let buffer = Buffer::filled(&host, &data);
+        io.ok(buffer.attach(SubmissionEntry::write(NS1, 0, 0, ForceUnitAccess::No)));
+        let mut command = buffer.attach(SubmissionEntry::read(NS1, 0, 0));
+        command.opcode = opcode.0;
+        io.ok(command);
+        assert_eq!(host.ctrl.unflushed_writes(), 1);
+        command.cdw12.set(1 << 30);
+        io.ok(command);
+        host.ctrl.power_cut(CutPolicy::DropAll);
+        assert!(contents(&host.ctrl)[..512] == data);
+    }
+}
+
+#[test]
 fn unsafe_shutdowns_are_counted() {
     use nvme_spec::command::GetLogPage;
     use nvme_spec::log::{LogPageId, SmartLog};

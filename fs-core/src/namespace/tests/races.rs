@@ -3,7 +3,7 @@
 //! Whatever the order, the tree must be a tree afterwards, every count must be right, and no request may hang: the
 //! simulator reports a deadlock as soon as nothing can run any more.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -216,15 +216,17 @@ async fn work_together(client: &Client, machine: Machine, clients: u64, steps: u
         let numbers = Numbers(machine.seed.wrapping_mul(1000).wrapping_add(number));
         work(client.clone(), Rc::clone(&known), numbers, steps)
     });
+    let done = Cell::new(false);
+    let working = async {
+        join_all(workers).await;
+        done.set(true);
+    };
     let checkpoints = async {
-        for _ in 0..10 {
-            client.ctx.sleep(Duration::from_micros(300)).await;
-            if client.sync().await.is_err() {
-                break; // the power is off
-            }
+        while !done.get() && client.sync().await.is_ok() {
+            client.ctx.sleep(Duration::from_micros(5)).await;
         }
     };
-    join(join_all(workers), checkpoints).await;
+    join(working, checkpoints).await;
     std::mem::take(&mut known.borrow_mut().lookups)
 }
 
@@ -243,7 +245,7 @@ fn random_work(machine: Machine, clients: u64, steps: usize) -> u64 {
 #[test]
 fn random_work_of_several_clients_leaves_a_tree() {
     for machine in machines(12) {
-        random_work(machine, 6, 60);
+        random_work(machine, 12, 60);
     }
 }
 

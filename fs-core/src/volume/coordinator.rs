@@ -105,6 +105,8 @@ impl Coordinator {
             set_root(&mut next, shard, root);
         }
         self.disk.flush().await?;
+        // What failed meanwhile may have left this very epoch half done: it must not become durable.
+        self.volume.check_writable()?;
         let written = superblock::write(&self.disk, &next).await;
         if let Some(warning) = written.map_err(|error| FsError::Io(error.to_string()))? {
             tracing::warn!(%warning);

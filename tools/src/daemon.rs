@@ -76,12 +76,27 @@ pub struct Ready<'a> {
     pub report: DaemonReport,
 }
 
+/// A failed assertion on any thread ends the process. A reactor that is missing would leave its files hanging for
+/// ever; after a restart everything that was durable is there, without a repair.
+fn end_with_first_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        eprintln!(
+            "pollux: internal error, see above; the daemon ends at once. What was synced is safe: start it again. \
+             `umount -l` frees the mount point (`pollux up` does it by itself)."
+        );
+        std::process::abort();
+    }));
+}
+
 impl Daemon {
     /// Runs until asked to stop; `announce` is called once everything is ready.
     ///
     /// # Errors
     /// What could not be put together, or not be written at the end.
     pub fn run(self, signals: &Signals, announce: impl FnOnce(&Ready<'_>)) -> Result<(), Failure> {
+        end_with_first_panic();
         let cores = match &self.cores {
             Some(cores) => cores.ids().to_vec(),
             None => device::default_cores(),

@@ -82,6 +82,9 @@ fn device_name(spec: &EmulatedSpec) -> String {
     }
 }
 
+/// Threads of a threaded embedded controller: while one waits for a flush, the other serves the other queues.
+const WORKERS: u16 = 2;
+
 /// What the embedded controller of a spec is made of.
 pub fn emulator_config(spec: &EmulatedSpec, device: &DeviceSpec) -> ControllerConfig {
     // A flush of a file takes milliseconds, which must not stop a reactor; memory is faster than a change of threads.
@@ -101,7 +104,9 @@ pub fn emulator_config(spec: &EmulatedSpec, device: &DeviceSpec) -> ControllerCo
     });
     config.mode = match spec.mode.unwrap_or(default_mode) {
         EmulatedMode::Inline => Mode::Inline,
-        EmulatedMode::Threaded => Mode::Threaded(ThreadOptions::default()),
+        EmulatedMode::Threaded => {
+            Mode::Threaded(ThreadOptions { workers: WORKERS, ..ThreadOptions::default() })
+        }
     };
     config.mdts = spec.mdts.unwrap_or(config.mdts);
     config.io_queues = device.queues.unwrap_or(config.io_queues);

@@ -16,6 +16,7 @@ mod batch;
 mod data;
 mod locks;
 mod namespace;
+mod planted;
 mod shard;
 pub mod volume;
 

@@ -19,6 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::format::group::{CLUSTER_BLOCKS, SlotIdentity, VolumeLayout};
+use crate::planted::{Bug, is_planted};
 use crate::types::{BlockCount, BlockNr, Epoch, ShardId};
 
 use super::bitmap::{BitRun, CLUSTER_BITS, WORD_BITS};
@@ -256,6 +257,12 @@ impl Allocator {
             return Err(FreeError::NotUsed { start, count });
         }
         group.pin(run);
+        if is_planted(Bug::ReuseBeforeDurable) {
+            let clusters = group.unpin(run) as u64;
+            self.index(number);
+            self.counter.released(count.get(), clusters);
+            return Ok(());
+        }
         self.pinned += count.get();
         self.counter.set_pinned(self.pinned);
         match self.open_pins.last_mut() {

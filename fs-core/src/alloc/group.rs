@@ -18,6 +18,7 @@
 //! Excludes: choosing among groups, counters, pins by epoch (the allocator's).
 
 use crate::format::group::{SLOTS_PER_GROUP, SlotIdentity, VolumeLayout, encode};
+use crate::planted::{Bug, is_planted};
 use crate::types::{BlockNr, Epoch, ShardId};
 
 use super::allocator::GroupImage;
@@ -201,7 +202,8 @@ impl Group {
         if self.changed != Change::Open {
             return None;
         }
-        let (bytes, contribution) = encode(layout, identity, self.number, epoch, owner, self.used.words());
+        let recorded = if is_planted(Bug::UnfinishedWritesInBitmaps) { &self.busy } else { &self.used };
+        let (bytes, contribution) = encode(layout, identity, self.number, epoch, owner, recorded.words());
         let mut images = Vec::new();
         for slot in self.slots_to_write() {
             self.slots[slot] = Slot::Holds(epoch);

@@ -12,6 +12,7 @@ use reactor::block::Lba;
 
 use crate::error::FsError;
 use crate::format::extent::MAX_RUN_BLOCKS;
+use crate::planted::{Bug, is_planted};
 use crate::shard::Shard;
 use crate::types::{BLOCK_SIZE, BlockNr, InodeNr};
 
@@ -77,7 +78,8 @@ impl Shard {
             for at in 0..(buffer.len() / PAGE_SIZE) as u64 {
                 buffer.read_at(at as usize * PAGE_SIZE, &mut page[..]);
                 let block = first + at;
-                if crc32c::crc32c(&page[..]) == segment.checksums[block as usize] {
+                let matches = crc32c::crc32c(&page[..]) == segment.checksums[block as usize];
+                if matches || is_planted(Bug::ChecksumIgnored) {
                     sink(segment.offset / BLOCK_SIZE + block, &page);
                 } else {
                     let damage = self.damaged_block(inode, block_after(segment.start, block));

@@ -23,6 +23,7 @@ use crate::error::FsError;
 use crate::format::items::{Intent, intent_key};
 use crate::locks::{LockOrder, RangeGuard};
 use crate::namespace::inode::{find, put_intent, store};
+use crate::planted::{Bug, is_planted};
 use crate::shard::transact::Credit;
 use crate::shard::{Inode, Shard};
 use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, Generation, InodeNr};
@@ -145,6 +146,7 @@ impl Shard {
             let mut data = self.data_of(inode);
             data.drop_pages(size.div_ceil(BLOCK_SIZE)..u64::MAX);
             if size > tail_start
+                && !is_planted(Bug::TruncationKeepsTail)
                 && let Some(page) = data.page(size / BLOCK_SIZE)
             {
                 page.zero(&((size % BLOCK_SIZE) as usize..PAGE_SIZE));
@@ -183,7 +185,8 @@ impl Shard {
         {
             let mut data = inode.data.borrow_mut();
             let page = data.page(index).ok_or_else(|| FsError::Io("a page was lost".to_owned()))?;
-            bytes[..cut].copy_from_slice(&page.bytes()[..cut]);
+            let kept = if is_planted(Bug::TruncationKeepsTail) { PAGE_SIZE } else { cut };
+            bytes[..kept].copy_from_slice(&page.bytes()[..kept]);
         }
         buffer.write_at(0, &bytes[..]);
         let mut space = space.ok_or(FsError::NoSpace)?;

@@ -14,6 +14,7 @@
 use crate::batch::{Batch, Plan};
 use crate::error::FsError;
 use crate::format::items::{EntryTarget, InodeRecord, Intent, symlink_key};
+use crate::planted::{Bug, is_planted};
 use crate::request::{FileKind, Name};
 use crate::types::{InodeNr, ShardId};
 
@@ -264,7 +265,9 @@ fn drop_link(batch: &mut Batch<'_>, inode: InodeNr, effects: &mut Effects) -> Pl
     }
     record.links -= 1;
     if record.links == 0 {
-        inode::put_intent(batch, inode, Intent::Orphan);
+        if !is_planted(Bug::OrphanWithoutIntent) {
+            inode::put_intent(batch, inode, Intent::Orphan);
+        }
         effects.orphans.push(inode);
     }
     store_changed(batch, inode, &mut record);

@@ -19,6 +19,7 @@ use std::rc::Rc;
 use crate::alloc::Priority;
 use crate::error::FsError;
 use crate::format::items::EntryTarget;
+use crate::planted::{Bug, is_planted};
 use crate::request::{FileKind, Name, RenameMode};
 use crate::shard::Shard;
 use crate::types::InodeNr;
@@ -200,6 +201,7 @@ impl Shard {
                 && ends.target.is_some()
                 && ends.source.kind == FileKind::Regular
                 && flushed != Some(ends.source.inode)
+                && !is_planted(Bug::RenameWithoutFlush)
             {
                 let inode = ends.source.inode;
                 self.ask(inode.shard(), NamespaceCall::Flush { inode }).await?;

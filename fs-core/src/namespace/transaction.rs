@@ -34,6 +34,7 @@ use std::rc::Rc;
 
 use crate::alloc::{Priority, Reservation};
 use crate::error::FsError;
+use crate::planted::{Bug, is_planted};
 use crate::shard::transact::Credit;
 use crate::shard::{NodeHold, Shard};
 use crate::types::{Epoch, ShardId};
@@ -180,6 +181,9 @@ impl Shard {
     ) -> Result<(), FsError> {
         let mut outcome = Ok(());
         for shard in shards {
+            if is_planted(Bug::PartsInDifferentEpochs) {
+                self.ctx.sleep(std::time::Duration::from_micros(500)).await;
+            }
             if let Err(error) = self.ask(*shard, NamespaceCall::Apply { transaction }).await {
                 self.volume.fail(&format!("shard {shard} could not apply a transaction: {error}"));
                 outcome = Err(error);
@@ -224,6 +228,9 @@ impl Shard {
         let prepared = table.get_mut(&transaction).expect("a leader prepares before it joins");
         let previous = prepared.joined.replace(epoch);
         assert!(previous.is_none(), "a leader lets everyone leave before it joins again");
+        if is_planted(Bug::PartsInDifferentEpochs) {
+            self.leave_epoch();
+        }
         Joining::Joined
     }
 
@@ -232,7 +239,7 @@ impl Shard {
         let mut table = self.names.prepared.borrow_mut();
         let joined = table.get_mut(&transaction).and_then(|prepared| prepared.joined.take());
         drop(table);
-        if joined.is_some() {
+        if joined.is_some() && !is_planted(Bug::PartsInDifferentEpochs) {
             self.leave_epoch();
         }
     }
@@ -251,6 +258,8 @@ impl Shard {
         let prepared = self.names.prepared.borrow_mut().remove(&transaction);
         let mut prepared = prepared.expect("a leader prepares before it applies");
         let epoch = prepared.joined.take().expect("a leader joins before it applies");
+        let late = is_planted(Bug::PartsInDifferentEpochs);
+        let epoch = if late { self.epochs.current() } else { epoch };
         let changes = &prepared.changes;
         let committed =
             self.try_commit(epoch, &mut prepared.reservation, &mut |batch| plan_changes(batch, changes));
@@ -265,7 +274,9 @@ impl Shard {
                 Err(FsError::Io(reason))
             }
         };
-        self.leave_epoch();
+        if !late {
+            self.leave_epoch();
+        }
         outcome
     }
 

@@ -24,6 +24,7 @@ use reactor::{Context, OneshotSender, Receiver};
 use crate::disk::VolumeDisk;
 use crate::error::FsError;
 use crate::format::superblock::Superblock;
+use crate::planted::{Bug, is_planted};
 use crate::shard::checkpoint::ShardRoot;
 use crate::shard::message::{PeerCall, PeerReply};
 use crate::superblock;
@@ -104,7 +105,9 @@ impl Coordinator {
             };
             set_root(&mut next, shard, root);
         }
-        self.disk.flush().await?;
+        if !is_planted(Bug::SuperblockBeforeFlush) {
+            self.disk.flush().await?;
+        }
         // What failed meanwhile may have left this very epoch half done: it must not become durable.
         self.volume.check_writable()?;
         let written = superblock::write(&self.disk, &next).await;

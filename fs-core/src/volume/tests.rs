@@ -11,9 +11,12 @@ use crate::request::{Attributes, Caller, FileKind, NewInode, RenameMode};
 
 mod client;
 mod crash;
+mod faults;
+mod full;
 mod history;
 mod model;
 mod oracle;
+mod planted;
 mod simulate;
 mod world;
 

@@ -103,6 +103,9 @@ pub struct SimDisk {
     medium: Rc<RefCell<Medium>>,
 }
 
+/// What [`SimDisk::observe_writes`] calls.
+type Observer = Rc<dyn Fn(&SimDisk)>;
+
 struct Medium {
     options: SimDiskOptions,
     clock: Option<Arc<dyn Clock>>,
@@ -119,7 +122,7 @@ struct Medium {
     /// Writes that may still reach the medium.
     writes_left: Option<u64>,
     faults: Vec<(FaultKind, LbaRange)>,
-    observer: Option<Rc<dyn Fn(&SimDisk)>>,
+    observer: Option<Observer>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

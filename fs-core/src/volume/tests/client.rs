@@ -95,6 +95,10 @@ pub(super) struct Client {
     pub(super) history: Rc<RefCell<History>>,
     /// Whether the device may fail.
     pub(super) device_may_fail: bool,
+    /// Whether what takes space may be refused.
+    pub(super) may_be_full: bool,
+    /// Operations refused for want of space.
+    pub(super) refused: u64,
     lookups: BTreeMap<NodeId, u64>,
     rng: Rng,
 }
@@ -118,6 +122,8 @@ impl Client {
             inodes: BTreeMap::from([(TOP, top)]),
             history,
             device_may_fail: false,
+            may_be_full: false,
+            refused: 0,
             lookups: BTreeMap::from([(TOP, 1)]),
             rng: Rng::new(seed ^ (number as u64 + 1) << 40),
         }
@@ -132,6 +138,11 @@ impl Client {
             }
         }
         Ending::Finished
+    }
+
+    /// True once in `part` times.
+    pub(super) fn chance(&mut self, part: u64) -> bool {
+        self.rng.below(part) == 0
     }
 
     /// Does one operation and compares its outcome.
@@ -149,6 +160,11 @@ impl Client {
             && is_device_failure(error)
         {
             return Ending::DeviceGone;
+        }
+        if self.may_be_full && actual == Err(FsError::NoSpace) && takes_space(op, &self.model) {
+            self.history.borrow_mut().refuse(self.number);
+            self.refused += 1;
+            return Ending::Finished;
         }
         let told = actual.as_ref().map(|_| ()).map_err(Clone::clone);
         assert_eq!(told, expected, "client {} op {index}: {}", self.number, brief(op));
@@ -368,7 +384,7 @@ impl Client {
             match set {
                 Some(seconds) => assert_eq!((found.secs(), found.subsec_nanos()), (seconds, 0), "{whose}"),
                 None => {
-                    assert!(found.secs() > EXPLICIT_TIMES || node.accessed.is_some(), "{whose}: {found:?}")
+                    assert!(found.secs() > EXPLICIT_TIMES || node.accessed.is_some(), "{whose}: {found:?}");
                 }
             }
         }
@@ -630,6 +646,19 @@ impl Client {
         };
         let stamp = self.rng.below(1 << 30) as usize;
         Op::Write { node, offset, data: stamped(self.number, stamp, offset, length) }
+    }
+}
+
+/// Whether an operation may be refused for want of space. What gives space back never is.
+fn takes_space(op: &Op, model: &Model) -> bool {
+    match op {
+        Op::Truncate { node, size } => *size > model.node(*node).contents.size,
+        Op::Unlink { .. }
+        | Op::RemoveDirectory { .. }
+        | Op::Sync { .. }
+        | Op::Flush { .. }
+        | Op::Forget { .. } => false,
+        _ => true,
     }
 }
 

@@ -132,7 +132,7 @@ fn judge_all(
         tally.states += 1;
         let number = tally.states;
         let crash_again = number % SECOND_CRASHES == 1;
-        let work = if number % WORKED_ON == 0 { Work::Go } else { Work::None };
+        let work = if number.is_multiple_of(WORKED_ON) { Work::Go } else { Work::None };
         let told = |why: Trouble| Trouble(format!("{}: {}", state.what, why.0));
         let disk = shape.disk(state.image.clone());
         fsck(shape, &disk).map_err(told)?;
@@ -167,9 +167,12 @@ fn recover(
     marks: &[Mark],
     work: Work,
 ) -> Result<(), Trouble> {
+    let history = history.borrow();
+    let history: &History = &history;
     let run = async |_: &Context, volume: &Volume| -> Result<(), Trouble> {
         for mark in marks {
-            judge(volume, &history.borrow(), mark).await.map_err(Trouble)?;
+            let judged = judge(volume, history, mark).await;
+            judged.map_err(|verdict| Trouble(verdict.to_string()))?;
         }
         if work == Work::Go {
             go_on(volume).await.map_err(|error| Trouble(format!("going on after the crash: {error}")))?;
@@ -322,9 +325,10 @@ pub(super) fn crash_short(workloads: Vec<Vec<Op>>) -> Result<u64, Trouble> {
     Ok(tally.states + tally.second)
 }
 
-/// Every single operation.
+/// Every single operation, by itself and before an fsync that has nothing to do with it.
 pub(super) fn singles() -> Vec<Vec<Op>> {
-    alphabet().into_iter().map(|op| vec![op]).collect()
+    let sync = Op::Sync { node: FILE, scope: SyncScope::File };
+    alphabet().into_iter().flat_map(|op| [vec![op.clone()], vec![op, sync.clone()]]).collect()
 }
 
 /// Pairs of operations, `count` of them, the second of which is possible after the first.

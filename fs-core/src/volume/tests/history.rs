@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use super::model::{Model, Node, NodeId, Op};
-use crate::request::{RenameMode, SyncScope};
+use crate::request::{AllocateMode, RenameMode, SyncScope};
 
 /// Blocks of a file that an operation leaves no older contents in.
 #[derive(Clone, Debug)]
@@ -24,6 +24,8 @@ pub(super) struct Version {
     pub(super) clears: Option<Clears>,
     /// A file whose contents were written before the operation took effect.
     pub(super) flushed: Option<NodeId>,
+    /// A file that the operation makes at least so long, whatever was written beyond.
+    pub(super) reaches: Option<(NodeId, u64)>,
     /// When the operation began and was acknowledged, on a clock that counts such events of all clients.
     began: u64,
     ended: Option<u64>,
@@ -83,6 +85,7 @@ impl History {
                 op: "start".to_owned(),
                 clears: None,
                 flushed: None,
+                reaches: None,
                 began: 0,
                 ended: Some(0),
                 model,
@@ -116,6 +119,12 @@ impl History {
             }
             _ => None,
         };
+        let reaches = match op {
+            Op::Allocate { node, offset, length, mode: AllocateMode::Extend | AllocateMode::ZeroRange } => {
+                Some((*node, offset + length))
+            }
+            _ => None,
+        };
         let unchanged = before.nodes.len() == after.nodes.len()
             && before
                 .nodes
@@ -130,6 +139,7 @@ impl History {
             op: super::client::brief(op),
             clears,
             flushed,
+            reaches,
             began,
             ended: None,
             model: after.clone(),
@@ -157,6 +167,13 @@ impl History {
                 track.floor.data = track.floor.data.max(floor);
             }
         }
+    }
+
+    /// Takes the operation begun last back: it was refused for want of space.
+    pub(super) fn refuse(&mut self, client: usize) {
+        let track = &mut self.tracks[client];
+        assert_eq!(track.versions.len(), track.acknowledged + 2, "what is refused was begun");
+        track.versions.pop();
     }
 
     /// Now.

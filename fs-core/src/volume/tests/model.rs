@@ -402,7 +402,7 @@ impl Model {
     pub(super) fn paths(&self) -> Vec<(String, NodeId)> {
         let mut found = Vec::new();
         let mut seen = std::collections::BTreeSet::new();
-        self.visit(TOP, String::new(), &mut |path, id| {
+        self.visit(TOP, "", &mut |path, id| {
             if seen.insert(id) {
                 found.push((path.to_owned(), id));
             }
@@ -410,10 +410,10 @@ impl Model {
         found
     }
 
-    fn visit(&self, id: NodeId, path: String, f: &mut impl FnMut(&str, NodeId)) {
-        f(&path, id);
+    fn visit(&self, id: NodeId, path: &str, f: &mut impl FnMut(&str, NodeId)) {
+        f(path, id);
         for (name, child) in &self.node(id).entries {
-            self.visit(*child, format!("{path}/{name}"), f);
+            self.visit(*child, &format!("{path}/{name}"), f);
         }
     }
 
@@ -422,7 +422,7 @@ impl Model {
     pub(super) fn canon(&self) -> String {
         let mut numbers = BTreeMap::new();
         let mut text = String::new();
-        self.visit(TOP, String::new(), &mut |path, id| {
+        self.visit(TOP, "", &mut |path, id| {
             let count = numbers.len();
             let number = *numbers.entry(id).or_insert(count);
             let node = self.node(id);

@@ -13,6 +13,17 @@ use super::*;
 use crate::request::FileKind;
 use crate::types::BLOCK_SIZE;
 
+/// Why a volume was not judged legal.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Verdict {
+    /// Something could not be read.
+    #[error("{0}")]
+    Error(#[from] FsError),
+    /// Something was read that nobody wrote, or that is too old.
+    #[error("{0}")]
+    Illegal(String),
+}
+
 /// A file found by a walk.
 struct FoundFile {
     inode: InodeNr,
@@ -122,18 +133,26 @@ fn difference(found: &str, expected: &str) -> String {
 ///
 /// # Errors
 /// What is not legal.
-pub(super) async fn judge(volume: &Volume, history: &History, mark: &Mark) -> Result<Vec<usize>, String> {
+pub(super) async fn judge(volume: &Volume, history: &History, mark: &Mark) -> Result<Vec<usize>, Verdict> {
     let mut found = Vec::new();
     for client in 0..history.clients() {
         let name = top_name(client);
-        let top = lookup(volume, Volume::ROOT, &name).await.map_err(|error| format!("{name}: {error}"))?;
-        found.push(walk(volume, top.inode).await.map_err(|error| format!("walk of {name}: {error}"))?);
+        let top = lookup(volume, Volume::ROOT, &name).await.map_err(|error| missing(&name, error))?;
+        found.push(walk(volume, top.inode).await?);
     }
-    let kept = find_cut(history, mark, &found)?;
+    let kept = find_cut(history, mark, &found).map_err(Verdict::Illegal)?;
     for (client, found) in found.iter().enumerate() {
         judge_data(volume, history, mark, client, kept[client], found).await?;
     }
     Ok(kept)
+}
+
+/// A name that is not there is a name that is lost.
+fn missing(name: &str, error: FsError) -> Verdict {
+    match error {
+        FsError::NotFound => Verdict::Illegal(format!("{name} is not there")),
+        error => Verdict::Error(error),
+    }
 }
 
 /// The earliest version of each client that fits what was found and the others' versions.
@@ -176,7 +195,7 @@ async fn judge_data(
     client: usize,
     kept: usize,
     found: &Found,
-) -> Result<(), String> {
+) -> Result<(), Verdict> {
     let version = history.version(client, kept);
     let mut paths = BTreeMap::new();
     let mut stack = vec![(String::new(), super::model::TOP)];
@@ -188,7 +207,8 @@ async fn judge_data(
     }
     for (path, file) in &found.files {
         let node = paths[path];
-        judge_size(history, mark, client, node, kept, file.size).map_err(|why| format!("{path}: {why}"))?;
+        judge_size(history, mark, client, node, kept, file.size)
+            .map_err(|why| Verdict::Illegal(format!("client {client} {path}: {why}")))?;
         let mut blocks: Vec<u64> = (0..file.size.min(1 << 20).div_ceil(BLOCK_SIZE)).collect();
         for version in history.window(mark, client, node, 0, 0) {
             let written = version.nodes.get(&node).into_iter().flat_map(|node| node.contents.blocks.keys());
@@ -201,13 +221,13 @@ async fn judge_data(
             let length = (file.size - block * BLOCK_SIZE).min(BLOCK_SIZE) as u32;
             let offset = FileOffset::new(block * BLOCK_SIZE);
             let data = bytes(volume, Request::Read { inode: file.inode, offset, length }).await;
-            let data = data.map_err(|error| format!("{path} block {block}: {error}"))?;
+            let data = data?;
             judge_block(node, block, &data, versions).map_err(|why| {
                 let ops: Vec<&str> = versions.iter().map(|version| &*version.op).collect();
-                format!(
-                    "client {client} {path} block {block} (size {}): {why}; since then: {ops:#?}",
-                    file.size
-                )
+                let size = file.size;
+                Verdict::Illegal(format!(
+                    "client {client} {path} block {block} (size {size}): {why}; since then: {ops:#?}"
+                ))
             })?;
         }
     }
@@ -226,9 +246,15 @@ fn judge_size(
     let sizes: Vec<u64> =
         versions.iter().filter_map(|version| Some(version.nodes.get(&node)?.contents.size)).collect();
     let (least, most) = (sizes.iter().min().copied().unwrap_or(0), sizes.iter().max().copied().unwrap_or(0));
+    let reached = |version: &Version| version.reaches.filter(|(file, _)| *file == node).map(|(_, end)| end);
+    let allocated = versions.iter().filter_map(reached).any(|end| end == size);
     // Between two sizes, the end of anything that was written.
     let between = size.is_multiple_of(BLOCK_SIZE) && (least..=most).contains(&size);
-    if between || sizes.contains(&size) { Ok(()) } else { Err(format!("size {size}; legal are {sizes:?}")) }
+    if between || allocated || sizes.contains(&size) {
+        Ok(())
+    } else {
+        Err(format!("size {size}; legal are {sizes:?}"))
+    }
 }
 
 fn judge_block(node: NodeId, block: u64, data: &[u8], versions: &[Version]) -> Result<(), String> {

@@ -27,7 +27,7 @@ async fn random_session(client: &mut Client) -> Ending {
 }
 
 /// Runs a seed and returns the hash of all that happened.
-fn simulate(seed: u64) -> u64 {
+pub(super) fn simulate(seed: u64) -> u64 {
     let _note = SeedNote(seed);
     let shape = Shape::random(seed);
     let (disk, history) = prepared(&shape, CLIENTS);

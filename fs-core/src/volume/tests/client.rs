@@ -164,6 +164,7 @@ impl Client {
         if self.may_be_full && actual == Err(FsError::NoSpace) && takes_space(op, &self.model) {
             self.history.borrow_mut().refuse(self.number);
             self.refused += 1;
+            self.adopt_refused(op).await;
             return Ending::Finished;
         }
         let told = actual.as_ref().map(|_| ()).map_err(Clone::clone);
@@ -185,6 +186,20 @@ impl Client {
             self.model.drop_nameless(id);
         });
         self.check_after(op, &before).await
+    }
+
+    /// A range that was to be zeroed may have been zeroed in part when space ran out.
+    async fn adopt_refused(&mut self, op: &Op) {
+        let Op::Allocate { node, offset, length, .. } = op else { return };
+        let old = self.model.node(*node).contents.read(*offset, *length);
+        let found = read(&self.volume, self.inodes[node], *offset, old.len() as u32).await;
+        assert_eq!(found.len(), old.len(), "what is refused does not change the size");
+        let legal = |(found, old): (&u8, &u8)| *found == 0 || found == old;
+        assert!(found.iter().zip(&old).all(legal), "{} left something foreign", brief(op));
+        if found != old {
+            let adopted = Op::Write { node: *node, offset: *offset, data: found.into() };
+            assert_eq!(self.model.apply(&adopted), Ok(()));
+        }
     }
 
     /// Like a kernel, a client holds a lookup on whatever it uses.

@@ -23,8 +23,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::format::group::CLUSTER_BLOCKS;
 
-/// Smallest floor, in clusters: 1 MiB of nodes.
-const MIN_FLOOR_CLUSTERS: u64 = 64;
+/// Smallest floor, in clusters: 4 MiB of nodes. A transaction of a truncation alone may need 247, in a tree of four
+/// levels.
+const MIN_FLOOR_CLUSTERS: u64 = 256;
 
 /// Largest floor, in clusters: 256 MiB of nodes.
 const MAX_FLOOR_CLUSTERS: u64 = 16_384;
@@ -289,17 +290,17 @@ mod tests {
 
     #[test]
     fn normal_reservations_leave_the_floor() {
-        let counter = counter(3200);
-        assert_eq!(counter.available(), (3200 - 100) * 4);
-        assert!(counter.reserve(3100 * 4 + 1, 0, Priority::Normal).is_none());
-        assert!(counter.reserve(0, 3101, Priority::Normal).is_none());
-        let all = counter.reserve(3100 * 4, 0, Priority::Normal).unwrap();
+        let counter = counter(9600);
+        assert_eq!(counter.available(), (9600 - 300) * 4);
+        assert!(counter.reserve(9300 * 4 + 1, 0, Priority::Normal).is_none());
+        assert!(counter.reserve(0, 9301, Priority::Normal).is_none());
+        let all = counter.reserve(9300 * 4, 0, Priority::Normal).unwrap();
         assert_eq!(counter.available(), 0);
         assert!(counter.reserve(1, 0, Priority::Normal).is_none());
-        let rest = counter.reserve(0, 100, Priority::Reserve).unwrap();
+        let rest = counter.reserve(0, 300, Priority::Reserve).unwrap();
         assert!(counter.reserve(1, 0, Priority::Reserve).is_none());
         drop((all, rest));
-        assert_eq!(counter.unpromised(), (12_800, 3200));
+        assert_eq!(counter.unpromised(), (38_400, 9600));
     }
 
     #[test]

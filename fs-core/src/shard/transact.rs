@@ -21,6 +21,12 @@ use super::message::{PeerCall, PeerReply};
 /// Checkpoints that the search for space may cost: what an epoch frees is reusable when the next is durable.
 const RECLAIM_CHECKPOINTS: u32 = 2;
 
+/// Times that what gives space back waits for the others of its kind to return what they hold of the reserve.
+const RESERVE_WAITS: u32 = 200;
+
+/// How long each of these waits takes.
+const RESERVE_WAIT: Duration = Duration::from_millis(1);
+
 /// How long the search for space waits for deletions.
 const DELETION_WAIT: Duration = Duration::from_secs(10);
 
@@ -258,6 +264,7 @@ impl Shard {
         priority: Priority,
     ) -> Result<Reservation, FsError> {
         let mut checkpoints = 0;
+        let mut waits = 0;
         loop {
             if let Some(reservation) = self.counter.reserve(data_blocks, nodes, priority) {
                 return Ok(reservation);
@@ -269,6 +276,12 @@ impl Shard {
                 self.wait_for_deletions().await;
             }
             if checkpoints == RECLAIM_CHECKPOINTS {
+                // The reserve is shared: whoever else has some of it gives most of it back soon.
+                if priority == Priority::Reserve && waits < RESERVE_WAITS {
+                    waits += 1;
+                    self.ctx.sleep(RESERVE_WAIT).await;
+                    continue;
+                }
                 return Err(FsError::NoSpace);
             }
             checkpoints += 1;

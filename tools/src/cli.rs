@@ -105,9 +105,8 @@ impl Daemon {
 /// Prints a document as the only thing on standard output.
 fn print_json(document: &impl serde::Serialize) -> Result<(), Failure> {
     use crate::failure::During;
-    use std::io::Write;
 
-    let mut text = serde_json::to_vec_pretty(document).during("cannot write JSON")?;
-    text.push(b'\n');
-    std::io::stdout().write_all(&text).during("cannot write to standard output")
+    let text = serde_json::to_string_pretty(document).during("cannot write JSON")?;
+    crate::output::outln!("{text}");
+    Ok(())
 }

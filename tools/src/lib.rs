@@ -13,6 +13,7 @@
 //! | [`failure`] | how a command fails: message, remedy, exit code |
 //! | [`fuse`] | the FUSE front end: mount points, session, translation of requests |
 //! | [`load`] | a synthetic load on a raw device |
+//! | `output` | standard output whose reader may have gone |
 //! | [`report`] | what `pollux status` shows |
 //!
 //! Excludes: the filesystem ([`fs_core`]), the driver ([`nvme`]), the reactors ([`reactor`]).
@@ -26,6 +27,7 @@ pub mod failure;
 pub mod fuse;
 pub mod load;
 pub mod logging;
+mod output;
 pub mod polluxd;
 pub mod quantity;
 pub mod report;

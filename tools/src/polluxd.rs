@@ -10,6 +10,7 @@ use crate::daemon::{Daemon, Ready};
 use crate::device::{self, DeviceSpec};
 use crate::failure::{During, Failure};
 use crate::fuse::{Absent, MountPoint};
+use crate::output::say;
 use crate::quantity::{CoreList, parse_cores};
 use crate::signals::Signals;
 
@@ -76,7 +77,7 @@ impl Polluxd {
 }
 
 fn announce(ready: &Ready<'_>) {
-    println!(
+    say!(
         "{} is mounted at {}; control socket {}",
         ready.report.daemon.device,
         ready.mount.display(),

@@ -166,3 +166,19 @@ fn nothing_is_created_by_a_refused_start() {
     assert!(said(&output).contains("not empty"), "{}", said(&output));
     assert!(!Path::new(&image).exists());
 }
+
+/// `pollux dump | head` ended with a panic's text instead of quietly.
+#[test]
+fn reader_that_leaves_early_is_no_error_message() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = Command::new(env!("CARGO_BIN_EXE_pollux"))
+        .args(["identify", "--device", "emu:mem,size=64MiB"])
+        .stdin(Stdio::null())
+        .stdout(writer)
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert_eq!(output.status.code(), Some(141));
+}

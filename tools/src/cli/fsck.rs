@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::print_json;
 use crate::device::{self, DeviceSpec, superblock_failure};
 use crate::failure::{Exit, Failure};
+use crate::output::outln;
 use crate::quantity::show_size;
 
 /// Findings printed one by one; the JSON document has them all.
@@ -88,16 +89,16 @@ impl Fsck {
     fn print(&self, report: &CheckReport) {
         let counts = &report.counts;
         for note in &report.notes {
-            println!("note: {note}");
+            outln!("note: {note}");
         }
         for finding in report.findings.iter().take(PRINTED_FINDINGS) {
-            println!("error: {finding}");
+            outln!("error: {finding}");
         }
         let more = report.total_findings.saturating_sub(PRINTED_FINDINGS as u64);
         if more > 0 {
-            println!("error: … and {more} more (--json lists more of them)");
+            outln!("error: … and {more} more (--json lists more of them)");
         }
-        println!(
+        outln!(
             "{}: {} shards, {} groups, {} nodes, {} items; {} inodes, {} names, {} extents, {} in use",
             self.device,
             counts.shards,
@@ -110,12 +111,12 @@ impl Fsck {
             show_size(counts.used_blocks.saturating_mul(4096)),
         );
         if self.check_data_csum {
-            println!(
+            outln!(
                 "{} of file data compared with checksums",
                 show_size(counts.data_blocks.saturating_mul(4096))
             );
         }
-        println!("{}", if report.is_clean() { "clean" } else { "NOT clean" });
+        outln!("{}", if report.is_clean() { "clean" } else { "NOT clean" });
     }
 }
 

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use super::print_json;
 use crate::device::{self, DeviceSpec};
 use crate::failure::Failure;
+use crate::output::outln;
 
 /// Show what the controller and its active namespaces say about themselves (field names of nvme-cli)
 #[derive(Args)]
@@ -43,10 +44,10 @@ impl Identify {
                 "namespaces": namespaces,
             }));
         }
-        println!("{}", self.device);
+        outln!("{}", self.device);
         print_fields(&controller);
         for (nsid, fields) in namespaces {
-            println!("namespace {nsid}");
+            outln!("namespace {nsid}");
             print_fields(&fields);
         }
         Ok(())
@@ -60,13 +61,13 @@ fn object(fields: Fields) -> Map<String, Value> {
 fn print_fields(fields: &Fields) {
     for (name, value) in fields {
         match value {
-            Value::String(text) => println!("  {name:<10}: {text}"),
+            Value::String(text) => outln!("  {name:<10}: {text}"),
             Value::Array(items) => {
                 for (index, item) in items.iter().enumerate() {
-                    println!("  {:<10}: {item}", format!("{name}[{index}]"));
+                    outln!("  {:<10}: {item}", format!("{name}[{index}]"));
                 }
             }
-            other => println!("  {name:<10}: {other}"),
+            other => outln!("  {name:<10}: {other}"),
         }
     }
 }

@@ -5,6 +5,7 @@ use fs_core::mkfs::Force;
 
 use crate::device::{self, DeviceSpec, Formatting};
 use crate::failure::Failure;
+use crate::output::outln;
 use crate::quantity::show_size;
 
 /// Make an empty volume on a device
@@ -33,18 +34,18 @@ impl Mkfs {
         let force = if self.force { Force::Overwrite } else { Force::Refuse };
         let formatting = Formatting { shards: self.shards, label: self.label.clone(), force };
         let report = device::format(&self.device, &formatting)?;
-        println!("{} is an empty volume now", self.device);
-        println!("  uuid    {}", report.uuid);
-        println!("  label   {}", report.label);
-        println!(
+        outln!("{} is an empty volume now", self.device);
+        outln!("  uuid    {}", report.uuid);
+        outln!("  label   {}", report.label);
+        outln!(
             "  size    {} in {} groups of {}",
             show_size(report.bytes),
             report.groups,
             show_size(report.group_bytes)
         );
-        println!("  shards  {}", report.shards);
+        outln!("  shards  {}", report.shards);
         if let Some(overwritten) = &report.overwritten {
-            println!("  overwritten: {overwritten}");
+            outln!("  overwritten: {overwritten}");
         }
         Ok(())
     }

@@ -15,6 +15,7 @@ use super::print_json;
 use crate::device::{self, Device, DeviceSpec, parse_size};
 use crate::failure::{During, Failure};
 use crate::load::{Load, Measured, Pattern, RunningLoad};
+use crate::output::outln;
 use crate::quantity::{CoreList, parse_cores, parse_seconds, show_nanos, show_rate, show_size};
 
 /// Most requests in flight on one core.
@@ -204,7 +205,7 @@ impl Perf {
             "cores": self.cores.ids(),
             "runtime_s": self.runtime.as_secs_f64(),
             "iops": measured.iops(),
-            "bw_bytes": measured.bandwidth(),
+            "bw_bytes": measured.bandwidth().round() as u64,
             "lat_ns": {
                 "min": latency.min(),
                 "mean": latency.mean(),
@@ -219,7 +220,7 @@ impl Perf {
 
     fn print(&self, measured: &Measured) -> Result<(), Failure> {
         let latency = &measured.latency;
-        println!(
+        outln!(
             "{} {} {} requests, {} in flight on each of {} cores, {:.1} s",
             self.device,
             self.rw.name(),
@@ -228,9 +229,9 @@ impl Perf {
             self.cores.ids().len(),
             self.runtime.as_secs_f64()
         );
-        println!("  iops       {}", show_rate(measured.iops()));
-        println!("  bandwidth  {}/s", show_size(measured.bandwidth() as u64));
-        println!(
+        outln!("  iops       {}", show_rate(measured.iops()));
+        outln!("  bandwidth  {}/s", show_size(measured.bandwidth() as u64));
+        outln!(
             "  latency    min {}, mean {}, p50 {}, p99 {}, p99.9 {}, max {}",
             show_nanos(latency.min()),
             show_nanos(latency.mean() as u64),
@@ -239,7 +240,7 @@ impl Perf {
             show_nanos(latency.value_at_quantile(0.999)),
             show_nanos(latency.max()),
         );
-        println!("  errors     {}", measured.errors);
+        outln!("  errors     {}", measured.errors);
         Ok(())
     }
 }

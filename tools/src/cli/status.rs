@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::{Daemon, print_json};
 use crate::control::{client, protocol::Command};
 use crate::failure::Failure;
+use crate::output::outln;
 use crate::quantity::{show_nanos, show_rate, show_size};
 
 /// Time between the two looks.
@@ -109,47 +110,47 @@ fn print_volume(now: &Value, rates: &Rates) {
     let volume = &now["volume"];
     let size = |key: &str| show_size(number(volume, key).saturating_mul(BLOCK));
     let seconds = number(now, "/daemon/uptime_ns") / 1_000_000_000;
-    println!("{} on {}", text(now, "/daemon/device"), text(now, "/daemon/mount"));
-    println!(
+    outln!("{} on {}", text(now, "/daemon/device"), text(now, "/daemon/mount"));
+    outln!(
         "  daemon      {}, process {}, up {seconds} s",
         text(now, "/daemon/version"),
         number(now, "/daemon/pid")
     );
-    println!("  volume      {} {}", text(volume, "/uuid"), text(volume, "/label"));
-    println!(
+    outln!("  volume      {} {}", text(volume, "/uuid"), text(volume, "/label"));
+    outln!(
         "  space       {} free of {}, {} for writers",
         size("/free_blocks"),
         size("/blocks"),
         size("/available_blocks")
     );
-    println!("  dirty       {}", show_size(number(volume, "/dirty_bytes")));
-    println!(
+    outln!("  dirty       {}", show_size(number(volume, "/dirty_bytes")));
+    outln!(
         "  epochs      open {}, durable {}; {} checkpoints of {} on average",
         number(volume, "/open_epoch"),
         number(volume, "/durable_epoch"),
         number(volume, "/checkpoints"),
         show_nanos(number(volume, "/checkpoint_mean_ns"))
     );
-    println!(
+    outln!(
         "  rates       {} requests/s; device {} commands/s, {}/s read, {}/s written",
         show_rate(rates.requests),
         show_rate(rates.commands),
         show_size(rates.read_bytes as u64),
         show_size(rates.written_bytes as u64)
     );
-    println!("  damage      {} blocks", number(volume, "/damage"));
+    outln!("  damage      {} blocks", number(volume, "/damage"));
     if let Some(reason) = volume["read_only"].as_str() {
-        println!("  READ-ONLY   {reason}");
+        outln!("  READ-ONLY   {reason}");
     }
     for warning in items(volume, "/warnings").filter_map(Value::as_str) {
-        println!("  warning     {warning}");
+        outln!("  warning     {warning}");
     }
 }
 
 fn print_shards(now: &Value) {
-    println!("\n  shard  requests  running    inodes  in memory  tree memory  free space");
+    outln!("\n  shard  requests  running    inodes  in memory  tree memory  free space");
     for shard in items(now, "/volume/shards") {
-        println!(
+        outln!(
             "  {:>5}  {:>8}  {:>7}  {:>8}  {:>9}  {:>11}  {:>10}",
             number(shard, "/shard"),
             number(shard, "/requests"),
@@ -163,12 +164,12 @@ fn print_shards(now: &Value) {
 }
 
 fn print_reactors(before: &Value, now: &Value) {
-    println!("\n  reactor  polls/s  completions/s  sleeps/s  wake-ups/s  busy  tasks");
+    outln!("\n  reactor  polls/s  completions/s  sleeps/s  wake-ups/s  busy  tasks");
     for (old, new) in items(before, "/reactors").zip(items(now, "/reactors")) {
         let rate = |key: &str| show_rate(per_second(before, now, number(old, key), number(new, key)));
         let change = |key: &str| number(new, key).saturating_sub(number(old, key));
         let busy = 100 * change("/busy_loops") / change("/loops").max(1);
-        println!(
+        outln!(
             "  {:>7}  {:>7}  {:>13}  {:>8}  {:>10}  {:>3}%  {:>5}",
             number(new, "/reactor"),
             rate("/polls"),
@@ -182,10 +183,10 @@ fn print_reactors(before: &Value, now: &Value) {
 }
 
 fn print_queues(before: &Value, now: &Value) {
-    println!("\n  queue  commands/s      read/s   written/s  errors  latency p50 / p99 / p99.9 / max");
+    outln!("\n  queue  commands/s      read/s   written/s  errors  latency p50 / p99 / p99.9 / max");
     for (old, new) in items(before, "/queues").zip(items(now, "/queues")) {
         let rate = |key: &str| per_second(before, now, number(old, key), number(new, key));
-        println!(
+        outln!(
             "  {:>5}  {:>10}  {:>10}  {:>10}  {:>6}  {}",
             number(new, "/queue"),
             show_rate(rate("/commands")),

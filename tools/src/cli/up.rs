@@ -15,6 +15,7 @@ use crate::daemon::{Daemon, Ready};
 use crate::device::{self, DeviceSpec, Formatting, parse_size};
 use crate::failure::{During, Failure};
 use crate::fuse::{Absent, MountPoint};
+use crate::output::say;
 use crate::quantity::{CoreList, parse_cores, show_size};
 use crate::signals::Signals;
 
@@ -53,7 +54,9 @@ impl Up {
         let device = self.image()?;
         let daemon =
             Daemon { device, point, cores: self.cores.clone(), socket: None, config: Config::default() };
-        daemon.run(&signals, announce)
+        daemon.run(&signals, announce)?;
+        say!("everything is written; {} is unmounted", self.mount.display());
+        Ok(())
     }
 
     /// The image, formatted if it is new.
@@ -96,16 +99,16 @@ fn announce(ready: &Ready<'_>) {
     let mount = ready.mount.display();
     let program = std::env::args().next().unwrap_or_else(|| "pollux".into());
     let volume = &ready.report.volume;
-    println!(
+    say!(
         "{} is mounted at {mount}: {} free, {} shards on {} reactors",
         ready.report.daemon.device,
         show_size(volume.available_blocks.saturating_mul(4096)),
         volume.shards.len(),
         ready.report.reactors.len(),
     );
-    println!("\nTry in another terminal:");
-    println!("  cp -r /usr/share/doc {mount}/");
-    println!("  {program} status {mount}");
-    println!("  {program} sync {mount}");
-    println!("\nCtrl-C writes everything and unmounts.");
+    say!("\nTry in another terminal:");
+    say!("  cp -r /usr/share/doc {mount}/");
+    say!("  {program} status {mount}");
+    say!("  {program} sync {mount}");
+    say!("\nCtrl-C writes everything and unmounts.");
 }

@@ -133,3 +133,10 @@ fn accepted_writes_find_space_and_deletion_gives_all_of_it_back() {
         full_volume(seed);
     }
 }
+
+/// A shard's reserve was smaller than the worst case of one truncation: with everything else promised, truncating a
+/// file on the full volume was refused with ENOSPC.
+#[test]
+fn truncation_on_a_full_volume_finds_its_reserve() {
+    full_volume(1006);
+}

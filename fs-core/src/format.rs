@@ -8,7 +8,6 @@
 
 pub mod extent;
 pub mod group;
-#[allow(dead_code)] // until the shard uses all of it
 pub mod items;
 pub mod node;
 pub mod superblock;

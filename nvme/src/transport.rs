@@ -112,7 +112,25 @@ pub trait Transport: Send + Sync {
     /// # Errors
     /// The transport cannot. Then memory that the device was given is never used again.
     fn revoke_dma(&self) -> Result<(), TransportError>;
+
+    /// Resets the whole function (PCI: FLR), for a controller that ignores CC.EN. Registers are as after power-on
+    /// afterwards, mappings and interrupt connections stay. May block for as long as [`FUNCTION_RESET_LIMIT`].
+    ///
+    /// # Errors
+    /// The transport cannot, or the reset failed.
+    fn reset_function(&self) -> Result<(), TransportError> {
+        Err(TransportError::Unsupported("reset the function"))
+    }
+
+    /// A descriptor that becomes readable once the device has gone or its owner wants it back; `None` if only register
+    /// reads tell. Once the device has gone, reads give all ones and writes do nothing: neither fails.
+    fn removal_event(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
+
+/// Longest time that [`Transport::reset_function`] may take.
+pub const FUNCTION_RESET_LIMIT: Duration = Duration::from_secs(10);
 
 /// Whether an interrupt is wanted now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

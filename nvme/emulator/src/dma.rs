@@ -5,8 +5,8 @@
 //!
 //! Invariants:
 //! - an access is served only if it lies wholly within one mapped region;
-//! - regions never adjoin (a guard gap follows each) and an address is never given out twice in the life of a
-//!   space, so that an overrun and a use after unmap are always seen;
+//! - regions whose address the space chose never adjoin (a guard gap follows each) and an address is never given out
+//!   twice in the life of a space, so that an overrun and a use after unmap are always seen;
 //! - a region's pages outlive every view that can still name them.
 //!
 //! Memory ordering: unmapping increments `generation` with release order *after* the table changed; a view loads it
@@ -15,6 +15,7 @@
 //!
 //! Excludes: PRP walking (`prp`), copying to and from files (`dma::payload`).
 
+mod attach;
 mod payload;
 
 use std::fmt;
@@ -23,6 +24,7 @@ use std::sync::{Arc, Mutex};
 
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
+pub use attach::{AttachedRegion, DmaAccess};
 pub(crate) use payload::{Payload, PayloadCursor, SegmentList, ZEROES};
 
 use crate::locks::lock;
@@ -68,6 +70,52 @@ pub enum DmaError {
         /// The system's reason.
         detail: String,
     },
+    /// An address or offset is not a multiple of 4 KiB.
+    #[error("cannot map at {what} {value:#x}: it must be a multiple of 4096")]
+    Misaligned {
+        /// What is misaligned.
+        what: &'static str,
+        /// Its value.
+        value: u64,
+    },
+    /// The region would reach beyond the 64-bit address space.
+    #[error("cannot map {bytes} bytes at {iova:#x}: they exceed the address space")]
+    Wraps {
+        /// Device address asked for.
+        iova: u64,
+        /// Bytes asked for.
+        bytes: usize,
+    },
+    /// Something is mapped there already.
+    #[error("cannot map {bytes} bytes at {iova:#x}: {other_bytes} bytes are mapped at {other:#x}")]
+    Overlap {
+        /// Device address asked for.
+        iova: u64,
+        /// Bytes asked for.
+        bytes: usize,
+        /// Device address of what is in the way.
+        other: u64,
+        /// Bytes of what is in the way.
+        other_bytes: usize,
+    },
+    /// The file cannot be mapped.
+    #[error("cannot map {bytes} bytes at offset {offset} of the file: {detail}")]
+    File {
+        /// Bytes asked for.
+        bytes: usize,
+        /// Where in the file.
+        offset: u64,
+        /// The reason.
+        detail: String,
+    },
+    /// There is no region of this address and size.
+    #[error("cannot unmap {bytes} bytes at {iova:#x}: no region has this address and size")]
+    NotMapped {
+        /// Device address.
+        iova: u64,
+        /// Bytes.
+        bytes: usize,
+    },
 }
 
 /// Which way an access went.
@@ -96,7 +144,7 @@ impl fmt::Display for DmaFault {
             DmaDirection::FromHost => "read",
             DmaDirection::ToHost => "write",
         };
-        write!(f, "{verb} of {} bytes at {:#x}, which is not mapped", self.len, self.iova)
+        write!(f, "{verb} of {} bytes at {:#x}, which is not mapped for it", self.len, self.iova)
     }
 }
 
@@ -105,6 +153,7 @@ impl fmt::Display for DmaFault {
 struct Region {
     iova: u64,
     pages: MmapRegion,
+    access: DmaAccess,
 }
 
 impl Region {
@@ -112,11 +161,17 @@ impl Region {
         self.pages.size() as u64
     }
 
-    /// Offset of `iova` in the region if all of `len` bytes lie in it.
-    fn offset_of(&self, iova: u64, len: u64) -> Option<usize> {
+    /// One past the last device address; never wraps, as that was checked when the region was mapped.
+    fn end(&self) -> u64 {
+        self.iova + self.len()
+    }
+
+    /// Offset of `iova` in the region if all of `len` bytes lie in it and may be accessed in this direction.
+    #[inline]
+    fn offset_of(&self, iova: u64, len: u64, direction: DmaDirection) -> Option<usize> {
         let offset = iova.checked_sub(self.iova)?;
         let end = offset.checked_add(len)?;
-        (end <= self.len()).then_some(offset as usize)
+        (end <= self.len() && self.access.allows(direction)).then_some(offset as usize)
     }
 }
 
@@ -127,6 +182,46 @@ type Table = Arc<Vec<Arc<Region>>>;
 struct Mappings {
     table: Table,
     next_iova: u64,
+}
+
+impl Mappings {
+    /// A region that shares addresses with `start..end`.
+    fn overlapping(&self, start: u64, end: u64) -> Option<&Arc<Region>> {
+        let before_end = self.table.partition_point(|region| region.iova < end);
+        // Regions do not overlap each other, so the last that begins before `end` reaches furthest.
+        self.table[..before_end].last().filter(|region| region.end() > start)
+    }
+
+    /// Puts a region that overlaps none into the table.
+    fn insert(&mut self, region: Arc<Region>) {
+        let mut table = Vec::clone(&self.table);
+        let at = table.partition_point(|other| other.iova < region.iova);
+        table.insert(at, region);
+        self.table = Arc::new(table);
+    }
+
+    /// Reserves addresses for `bytes` bytes and a guard gap on either side.
+    fn reserve(&mut self, bytes: usize) -> Result<u64, DmaError> {
+        let full = DmaError::NoAddressSpace { bytes };
+        let mut iova = self.next_iova;
+        loop {
+            let end = iova.checked_add(bytes as u64 + IOVA_ALIGN).filter(|end| *end <= IOVA_LIMIT);
+            let Some(end) = end else { return Err(full) };
+            match self.overlapping(iova - IOVA_ALIGN, end).map(|other| other.end()) {
+                // Ends: each round begins behind one more region.
+                Some(other) => {
+                    let behind =
+                        other.checked_add(IOVA_ALIGN).and_then(|a| a.checked_next_multiple_of(IOVA_ALIGN));
+                    let Some(behind) = behind else { return Err(full) };
+                    iova = behind;
+                }
+                None => {
+                    self.next_iova = end.next_multiple_of(IOVA_ALIGN);
+                    return Ok(iova);
+                }
+            }
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -172,18 +267,9 @@ impl DmaSpace {
         if mappings.table.len() >= MAX_REGIONS {
             return Err(DmaError::TooManyRegions);
         }
-        let iova = mappings.next_iova;
-        // One guard unit after the region, so that the next one never adjoins.
-        let next = iova
-            .checked_add(bytes as u64 + IOVA_ALIGN)
-            .and_then(|end| end.checked_next_multiple_of(IOVA_ALIGN))
-            .filter(|end| *end <= IOVA_LIMIT)
-            .ok_or(DmaError::NoAddressSpace { bytes })?;
-        mappings.next_iova = next;
-        let region = Arc::new(Region { iova, pages });
-        let mut table = Vec::clone(&mappings.table);
-        table.push(Arc::clone(&region)); // addresses only grow, so the table stays sorted
-        mappings.table = Arc::new(table);
+        let iova = mappings.reserve(bytes)?;
+        let region = Arc::new(Region { iova, pages, access: DmaAccess::ReadWrite });
+        mappings.insert(Arc::clone(&region));
         self.shared.generation.fetch_add(1, Ordering::Release);
         Ok(Arc::new(MappedRegion { space: self.clone(), region }))
     }
@@ -212,10 +298,12 @@ impl DmaSpace {
         view
     }
 
-    fn unmap(&self, iova: u64) {
+    /// Takes this region out of the table, if it is still there.
+    fn unmap(&self, region: &Arc<Region>) {
         let mut mappings = lock(&self.shared.mappings);
         let mut table = Vec::clone(&mappings.table);
-        table.retain(|region| region.iova != iova);
+        // By identity: another may have been attached at the same address since.
+        table.retain(|other| !Arc::ptr_eq(other, region));
         mappings.table = Arc::new(table);
         self.shared.generation.fetch_add(1, Ordering::Release);
     }
@@ -263,7 +351,7 @@ impl MappedRegion {
 
 impl Drop for MappedRegion {
     fn drop(&mut self) {
-        self.space.unmap(self.region.iova);
+        self.space.unmap(&self.region);
     }
 }
 
@@ -310,7 +398,7 @@ impl DmaView {
     /// Resolves `len` bytes at `iova`, or logs the fault.
     #[inline]
     pub(crate) fn resolve(&mut self, iova: u64, len: u64, dir: DmaDirection) -> Result<Place, Unmapped> {
-        if let Some(offset) = self.table.get(self.last).and_then(|r| r.offset_of(iova, len)) {
+        if let Some(offset) = self.table.get(self.last).and_then(|r| r.offset_of(iova, len, dir)) {
             return Ok(Place { region: self.last, offset });
         }
         self.resolve_slow(iova, len, dir)
@@ -318,7 +406,8 @@ impl DmaView {
 
     fn resolve_slow(&mut self, iova: u64, len: u64, direction: DmaDirection) -> Result<Place, Unmapped> {
         let after = self.table.partition_point(|region| region.iova <= iova);
-        let found = after.checked_sub(1).and_then(|i| Some((i, self.table[i].offset_of(iova, len)?)));
+        let found =
+            after.checked_sub(1).and_then(|i| Some((i, self.table[i].offset_of(iova, len, direction)?)));
         let Some((region, offset)) = found else {
             self.space.record(DmaFault { iova, len, direction });
             return Err(Unmapped);

@@ -40,7 +40,10 @@ pub use config::{
     MAX_NAMESPACES, MAX_NSID, MAX_WORKERS, Mode, NamespaceConfig, SUPPORTED_ONCS, ThreadOptions, WriteCache,
 };
 pub use controller::{Counters, EmulatedController, QueueCounters};
-pub use dma::{DmaDirection, DmaError, DmaFault, DmaSpace, MAX_LOGGED_DMA_FAULTS, MAX_REGIONS, MappedRegion};
+pub use dma::{
+    AttachedRegion, DmaAccess, DmaDirection, DmaError, DmaFault, DmaSpace, MAX_LOGGED_DMA_FAULTS,
+    MAX_REGIONS, MappedRegion,
+};
 pub use error::EmulatorError;
 pub use interrupt::VectorMask;
 pub use power_cut::{CutPolicy, CutReport, Tear};

@@ -18,6 +18,7 @@ use thiserror::Error;
 pub mod embedded;
 #[cfg(test)]
 pub(crate) mod fake;
+pub mod slab;
 
 /// Why the way to the controller failed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]

@@ -73,7 +73,7 @@ pub struct CommandFlags {
     pub psdt: u8,
 }
 
-/// Dword 12 of read, write, compare, write zeroes and verify (§6.9, §6.14, §6.15).
+/// Dword 12 of read, write, compare, write zeroes and verify (§6.6, §6.9, §6.14, §6.15, §6.17).
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
 pub struct ReadWriteDw12 {
@@ -236,7 +236,7 @@ pub enum ForceUnitAccess {
     Yes,
 }
 
-/// Whether write zeroes may deallocate the blocks (§6.16).
+/// Whether write zeroes may deallocate the blocks (§6.17).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeallocateZeroes {
     /// The blocks stay allocated.
@@ -304,7 +304,7 @@ impl SubmissionEntry {
         Self::nvm(NvmOpcode::WRITE, nsid).with_slba(slba, dw12)
     }
 
-    /// Write Zeroes (§6.16).
+    /// Write Zeroes (§6.17).
     pub fn write_zeroes(nsid: NamespaceId, slba: u64, blocks_z: u16, deallocate: DeallocateZeroes) -> Self {
         let dw12 =
             ReadWriteDw12::new().with_blocks_z(blocks_z).with_deac(deallocate == DeallocateZeroes::Yes);
@@ -321,6 +321,13 @@ impl SubmissionEntry {
         let mut entry = Self::nvm(NvmOpcode::DATASET_MANAGEMENT, nsid);
         entry.cdw10.set(u32::from(ranges_z));
         entry.cdw11.set(DsmDw11::new().with_ad(true).into());
+        entry
+    }
+
+    /// Identify of an I/O command set's own structures; command set 0 is NVM (2.0 §5.17).
+    pub fn identify_command_set(cns: Cns, nsid: NamespaceId, command_set: u8) -> Self {
+        let mut entry = Self::identify(cns, nsid);
+        entry.cdw11.set(u32::from(command_set) << 24);
         entry
     }
 
@@ -452,6 +459,11 @@ impl SubmissionEntry {
     /// What Identify asks for.
     pub fn identify_cns(&self) -> Cns {
         Cns(IdentifyDw10::from(self.cdw10.get()).cns())
+    }
+
+    /// Command set that Identify asks for (2.0 §5.17).
+    pub fn identify_csi(&self) -> u8 {
+        (self.cdw11.get() >> 24) as u8
     }
 
     /// What Abort asks for.

@@ -1,5 +1,6 @@
 //! Identify data structures (§5.15.2), those of 1.4 with 2.0's additions that reuse reserved fields.
 
+use bitfield_struct::bitfield;
 use bitflags::bitflags;
 use core::mem::{offset_of, size_of};
 use zerocopy::little_endian::{U16, U32, U64, U128};
@@ -109,6 +110,135 @@ bitflags! {
         const _ = !0;
     }
 }
+
+bitflags! {
+    /// Optional Asynchronous Events Supported, OAES; the bits of Asynchronous Event Configuration.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Oaes: u32 {
+        /// Namespace attribute notices.
+        const NAMESPACE_ATTRIBUTE = 1 << 8;
+        /// Firmware activation notices.
+        const FIRMWARE_ACTIVATION = 1 << 9;
+        /// Asymmetric namespace access change notices.
+        const ANA_CHANGE = 1 << 11;
+        /// Predictable latency event aggregate log change notices.
+        const PREDICTABLE_LATENCY = 1 << 12;
+        /// LBA status information notices.
+        const LBA_STATUS = 1 << 13;
+        /// Endurance group event aggregate log change notices.
+        const ENDURANCE_GROUP = 1 << 14;
+        const _ = !0;
+    }
+}
+
+bitflags! {
+    /// Fused Operation Support, FUSES.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Fuses: u16 {
+        /// Compare and Write.
+        const COMPARE_AND_WRITE = 1 << 0;
+        const _ = !0;
+    }
+}
+
+bitflags! {
+    /// Format NVM Attributes, FNA.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Fna: u8 {
+        /// A format applies to all namespaces.
+        const FORMAT_ALL = 1 << 0;
+        /// A secure erase applies to all namespaces.
+        const ERASE_ALL = 1 << 1;
+        /// Cryptographic erase is supported.
+        const CRYPTOGRAPHIC_ERASE = 1 << 2;
+        /// A format of the broadcast identifier is *not* supported (2.0).
+        const NO_BROADCAST = 1 << 3;
+        const _ = !0;
+    }
+}
+
+open_enum! {
+    /// Whether, and how aligned, SGLs are supported: SGLS bits 1:0.
+    pub struct SglSupport(u8) {
+        NONE = 0, "not supported";
+        BYTE = 1, "supported, any alignment";
+        DWORD = 2, "supported, dword aligned";
+    }
+}
+
+/// SGL Support, SGLS.
+#[bitfield(u32)]
+#[derive(PartialEq, Eq)]
+pub struct Sgls {
+    /// Support and alignment, see [`SglSupport`].
+    #[bits(2)]
+    pub support: u8,
+    /// Keyed SGL data block descriptors.
+    pub keyed: bool,
+    #[bits(5)]
+    __: u8,
+    /// Recommended number of descriptors of a command; 0 is no recommendation (2.0).
+    pub threshold: u8,
+    /// Bit buckets.
+    pub bit_bucket: bool,
+    /// A byte aligned contiguous metadata buffer.
+    pub byte_aligned_metadata: bool,
+    /// SGLs that are longer than the data.
+    pub longer_than_data: bool,
+    /// A metadata pointer to an SGL of one descriptor.
+    pub metadata_sgl: bool,
+    /// Offsets in the address field.
+    pub offset_address: bool,
+    /// Transport SGL data blocks.
+    pub transport: bool,
+    #[bits(10)]
+    __: u16,
+}
+
+bitflags! {
+    /// Namespace Features, NSFEAT.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Nsfeat: u8 {
+        /// Thin provisioning: capacity may be less than size.
+        const THIN = 1 << 0;
+        /// The namespace's own atomicity fields count.
+        const ATOMICS = 1 << 1;
+        /// Deallocated or unwritten block error.
+        const DEALLOCATED_ERROR = 1 << 2;
+        /// NGUID and EUI64 are never used again.
+        const IDS_NOT_REUSED = 1 << 3;
+        /// Preferred granularities and alignments are given.
+        const PREFERRED = 1 << 4;
+        const _ = !0;
+    }
+}
+
+/// I/O Command Set specific Identify Controller of the NVM command set, 4096 bytes (NVM Command Set 1.0 §4.1.5.4).
+/// CNS 06h with command set 0. The size limits are `1 << value` pages of CAP.MPSMIN; 0 is no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct IdentifyControllerNvm {
+    /// Verify size limit.
+    pub vsl: u8,
+    /// Write zeroes size limit.
+    pub wzsl: u8,
+    /// Write uncorrectable size limit.
+    pub wusl: u8,
+    /// Dataset management ranges limit; 0 is none.
+    pub dmrl: u8,
+    /// Dataset management range size limit in blocks; 0 is none.
+    pub dmrsl: U32,
+    /// Dataset management size limit in blocks; 0 is none.
+    pub dmsl: U64,
+    /// Reserved.
+    pub reserved_16: [u8; 4080],
+}
+
+const _: () = {
+    assert!(size_of::<IdentifyControllerNvm>() == crate::IDENTIFY_BYTES);
+    assert!(offset_of!(IdentifyControllerNvm, dmrsl) == 4);
+    assert!(offset_of!(IdentifyControllerNvm, dmsl) == 8);
+};
 
 /// Identify Controller data structure, 4096 bytes (§5.15.2.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -332,6 +462,26 @@ impl IdentifyController {
     pub fn vwc(&self) -> Vwc {
         Vwc::from_bits_retain(self.vwc)
     }
+
+    /// Optional asynchronous events.
+    pub fn oaes(&self) -> Oaes {
+        Oaes::from_bits_retain(self.oaes.get())
+    }
+
+    /// Fused operations.
+    pub fn fuses(&self) -> Fuses {
+        Fuses::from_bits_retain(self.fuses.get())
+    }
+
+    /// Format NVM attributes.
+    pub fn fna(&self) -> Fna {
+        Fna::from_bits_retain(self.fna)
+    }
+
+    /// SGL support.
+    pub fn sgls(&self) -> Sgls {
+        self.sgls.get().into()
+    }
 }
 
 /// LBA format (§5.15.2.1, figure "LBA Format Data Structure").
@@ -453,6 +603,18 @@ impl IdentifyNamespace {
     }
 }
 
+impl IdentifyNamespace {
+    /// Namespace features.
+    pub fn nsfeat(&self) -> Nsfeat {
+        Nsfeat::from_bits_retain(self.nsfeat)
+    }
+
+    /// LBA formats that exist: what NLBAF says, as far as the structure holds them.
+    pub fn formats(&self) -> &[LbaFormat] {
+        &self.lbaf[..(usize::from(self.nlbaf_z) + 1).min(LBA_FORMATS)]
+    }
+}
+
 /// Active Namespace ID list: ascending, zero-filled (§5.15.2.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -487,10 +649,39 @@ pub struct NamespaceIdHeader {
 
 const _: () = assert!(size_of::<NamespaceIdHeader>() == 4);
 
+/// The descriptors of a Namespace Identification Descriptor list, type and identifier; it ends at a length of 0, and at
+/// what cannot be (§5.15.2.4).
+pub fn namespace_descriptors(list: &[u8]) -> impl Iterator<Item = (NamespaceIdType, &[u8])> {
+    let mut rest = list;
+    core::iter::from_fn(move || {
+        let (header, after) = NamespaceIdHeader::read_from_prefix(rest).ok()?;
+        let id = after.get(..usize::from(header.length)).filter(|id| !id.is_empty())?;
+        rest = &after[id.len()..];
+        Some((header.id_type, id))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use zerocopy::FromZeros;
+
+    #[test]
+    fn descriptor_lists_end_at_zero_and_at_nonsense() {
+        let list = [3, 2, 0, 0, 0xaa, 0xbb, 4, 1, 0, 0, 0, 0, 0, 0, 0, 9];
+        let found: [_; 2] = core::array::from_fn(|n| namespace_descriptors(&list).nth(n).unwrap());
+        assert_eq!(found[0], (NamespaceIdType::UUID, &[0xaa, 0xbb][..]));
+        assert_eq!(found[1], (NamespaceIdType::CSI, &[0][..]));
+        assert_eq!(namespace_descriptors(&list).count(), 2);
+        assert_eq!(namespace_descriptors(&[1, 8, 0, 0, 1, 2]).count(), 0, "longer than the list");
+        assert_eq!(namespace_descriptors(&[1, 8]).count(), 0);
+    }
+
+    #[test]
+    fn sgl_support_bits_sit_where_the_figure_puts_them() {
+        let sgls = Sgls::new().with_support(SglSupport::DWORD.0).with_bit_bucket(true).with_transport(true);
+        assert_eq!(u32::from(sgls), 2 | 1 << 16 | 1 << 21);
+    }
 
     #[test]
     fn upper_format_bits_count_only_with_more_than_16_formats() {

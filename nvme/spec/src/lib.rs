@@ -19,18 +19,24 @@ mod open_enum;
 
 pub mod command;
 pub mod completion;
+pub mod event;
 pub mod feature;
+pub mod format;
 pub mod identify;
 pub mod ids;
 pub mod log;
+pub mod nvm;
 pub mod opcode;
 pub mod registers;
+pub mod sgl;
 pub mod status;
 
 pub use command::{DsmRange, SubmissionEntry};
 pub use completion::CompletionEntry;
+pub use event::{AsyncEvent, AsyncEventCode, AsyncEventType};
 pub use ids::{CommandId, NamespaceId, QueueId};
 pub use opcode::{AdminOpcode, NvmOpcode};
+pub use sgl::SglDescriptor;
 pub use status::{Status, StatusCode, StatusType};
 
 /// Bytes of a submission queue entry (§4.2).

@@ -1,4 +1,4 @@
-//! Log pages (§5.14.1) and asynchronous events (§5.2).
+//! Log pages (§5.14.1).
 
 use bitfield_struct::bitfield;
 use bitflags::bitflags;
@@ -6,7 +6,12 @@ use core::mem::{offset_of, size_of};
 use zerocopy::little_endian::{U16, U32, U64, U128};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::ids::{CommandId, NamespaceId, QueueId};
+use crate::opcode::{AdminOpcode, NvmOpcode};
 use crate::open_enum::open_enum;
+use crate::status::Status;
+
+pub use crate::event::AsyncEvent;
 
 open_enum! {
     /// Log page identifier, LID (§5.14.1).
@@ -20,7 +25,16 @@ open_enum! {
         DEVICE_SELF_TEST = 0x06, "Device Self-test";
         TELEMETRY_HOST = 0x07, "Telemetry Host-Initiated";
         TELEMETRY_CONTROLLER = 0x08, "Telemetry Controller-Initiated";
+        ENDURANCE_GROUP = 0x09, "Endurance Group Information";
+        PREDICTABLE_LATENCY_PER_SET = 0x0a, "Predictable Latency Per NVM Set";
+        PREDICTABLE_LATENCY_AGGREGATE = 0x0b, "Predictable Latency Event Aggregate";
+        ASYMMETRIC_NAMESPACE_ACCESS = 0x0c, "Asymmetric Namespace Access";
         PERSISTENT_EVENT = 0x0d, "Persistent Event Log";
+        LBA_STATUS = 0x0e, "LBA Status Information";
+        ENDURANCE_GROUP_AGGREGATE = 0x0f, "Endurance Group Event Aggregate";
+        FEATURE_EFFECTS = 0x12, "Feature Identifiers Supported and Effects";
+        RESERVATION = 0x80, "Reservation Notification";
+        SANITIZE = 0x81, "Sanitize Status";
     }
 }
 
@@ -61,6 +75,31 @@ const _: () = {
     assert!(offset_of!(ErrorEntry, nsid) == 24);
     assert!(offset_of!(ErrorEntry, command_specific) == 32);
 };
+
+impl ErrorEntry {
+    /// [`Self::parameter_location`] where no byte of the command is at fault.
+    pub const NO_PARAMETER: u16 = 0xffff;
+
+    /// Whether the entry holds an error.
+    pub fn is_used(&self) -> bool {
+        self.error_count.get() != 0
+    }
+
+    /// The status that the command completed with.
+    pub fn status(&self) -> Status {
+        Status::from(self.status_phase.get() >> 1)
+    }
+
+    /// The command.
+    pub fn command_id(&self) -> CommandId {
+        CommandId::new(self.cid.get())
+    }
+
+    /// Its submission queue.
+    pub fn queue_id(&self) -> QueueId {
+        QueueId::new(self.sq_id.get())
+    }
+}
 
 bitflags! {
     /// Critical warnings of the SMART / Health log page (§5.14.1.2).
@@ -161,22 +200,142 @@ pub struct FirmwareSlotLog {
 
 const _: () = assert!(size_of::<FirmwareSlotLog>() == 512);
 
-/// Bytes of the Changed Namespace List log page: 1,024 identifiers in ascending order, zero-filled. A first entry of
-/// 0xffffffff says that more changed than fit (§5.14.1.4).
+impl FirmwareSlotLog {
+    /// The slot that the running firmware was loaded from.
+    pub fn active_slot(&self) -> u8 {
+        self.afi & 7
+    }
+
+    /// The slot that is activated at the next controller level reset; 0 if none is.
+    pub fn next_slot(&self) -> u8 {
+        self.afi >> 4 & 7
+    }
+}
+
+/// Bytes of the Changed Namespace List log page (§5.14.1.4).
 pub const CHANGED_NAMESPACES_BYTES: usize = 4096;
 
-/// Dword 0 of an Asynchronous Event Request's completion (§5.2.1).
+/// Changed Namespace List log page: identifiers in ascending order, zero-filled. A first entry of 0xffffffff says that more
+/// changed than fit (§5.14.1.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct ChangedNamespaces {
+    /// The identifiers.
+    pub ids: [U32; 1024],
+}
+
+const _: () = assert!(size_of::<ChangedNamespaces>() == CHANGED_NAMESPACES_BYTES);
+
+impl ChangedNamespaces {
+    /// More changed than the list holds: everything is to be looked at anew.
+    pub fn overflowed(&self) -> bool {
+        self.ids[0].get() == u32::MAX
+    }
+
+    /// The namespaces listed; none if the list overflowed. Their order is as the controller gave it.
+    pub fn iter(&self) -> impl Iterator<Item = NamespaceId> + '_ {
+        let ids = self.ids.iter().map(|id| id.get());
+        ids.take_while(|&id| id != 0 && id != u32::MAX).map(NamespaceId::new)
+    }
+}
+
+/// What a command does beyond its own data: an entry of the Commands Supported and Effects log page (§5.14.1.5).
 #[bitfield(u32)]
-#[derive(PartialEq, Eq)]
-pub struct AsyncEvent {
-    /// Event type: 0 error, 1 SMART / health, 2 notice, 6 I/O command set, 7 vendor.
+#[derive(PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct CommandEffects {
+    /// The command is supported.
+    pub supported: bool,
+    /// It may change logical blocks' contents.
+    pub content_change: bool,
+    /// It may change a namespace's capability.
+    pub namespace_capability_change: bool,
+    /// It may change the number or capability of namespaces.
+    pub namespace_inventory_change: bool,
+    /// It may change the controller's capability.
+    pub controller_capability_change: bool,
+    #[bits(11)]
+    __: u16,
+    /// What else may be submitted meanwhile: 0 anything, 1 nothing to the namespace, 2 nothing.
     #[bits(3)]
-    pub event_type: u8,
-    #[bits(5)]
-    __: u8,
-    /// Event information.
-    pub information: u8,
-    /// Log page that describes the event; reading it re-arms the event.
-    pub log_page: u8,
-    __: u8,
+    pub submission_restriction: u8,
+    /// It takes a UUID index.
+    pub uuid_selection: bool,
+    /// Scope (2.0): bit 0 namespace, 1 controller, 2 NVM set, 3 endurance group, 4 domain, 5 subsystem.
+    #[bits(12)]
+    pub scope: u16,
+}
+
+/// Commands Supported and Effects log page, 4096 bytes (§5.14.1.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct CommandEffectsLog {
+    /// Admin commands, by opcode.
+    pub admin: [U32; 256],
+    /// I/O commands, by opcode.
+    pub io: [U32; 256],
+    /// Reserved.
+    pub reserved_2048: [u8; 2048],
+}
+
+const _: () = {
+    assert!(size_of::<CommandEffectsLog>() == 4096);
+    assert!(offset_of!(CommandEffectsLog, io) == 1024);
+};
+
+impl CommandEffectsLog {
+    /// What an admin command does.
+    pub fn admin(&self, opcode: AdminOpcode) -> CommandEffects {
+        self.admin[usize::from(opcode.0)].get().into()
+    }
+
+    /// What an I/O command does.
+    pub fn io(&self, opcode: NvmOpcode) -> CommandEffects {
+        self.io[usize::from(opcode.0)].get().into()
+    }
+}
+
+/// Supported Log Pages log page, 1024 bytes (2.0 §5.16.1.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct SupportedLogPages {
+    /// By identifier: bit 0 supported, bit 1 index offsets supported.
+    pub pages: [U32; 256],
+}
+
+const _: () = assert!(size_of::<SupportedLogPages>() == 1024);
+
+impl SupportedLogPages {
+    /// Whether a page can be read.
+    pub fn contains(&self, page: LogPageId) -> bool {
+        self.pages[usize::from(page.0)].get() & 1 != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use zerocopy::FromZeros;
+
+    #[test]
+    fn an_overflowed_list_names_nothing() {
+        let mut list = ChangedNamespaces::new_zeroed();
+        list.ids[0].set(3);
+        list.ids[1].set(9);
+        assert!(!list.overflowed());
+        assert!(list.iter().eq([NamespaceId::new(3), NamespaceId::new(9)]));
+        list.ids[0].set(u32::MAX);
+        assert!(list.overflowed());
+        assert_eq!(list.iter().count(), 0);
+    }
+
+    #[test]
+    fn effects_are_found_by_opcode() {
+        let mut log = CommandEffectsLog::new_zeroed();
+        let format = CommandEffects::new().with_supported(true).with_content_change(true);
+        log.admin[0x80].set(format.with_submission_restriction(1).into());
+        assert_eq!(log.admin[0x80].get(), 3 | 1 << 16);
+        assert!(log.admin(AdminOpcode::FORMAT_NVM).supported());
+        assert!(!log.io(NvmOpcode::READ).supported());
+        assert_eq!(u32::from(CommandEffects::new().with_scope(1)), 1 << 20);
+    }
 }

@@ -19,6 +19,8 @@ use std::str::FromStr;
 use nvme_spec::NamespaceId;
 use thiserror::Error;
 
+use crate::pci::{PciAddress, PciAddressError};
+
 /// Largest device size that a spec can name: sizes stay within a file offset.
 pub const MAX_SIZE: u64 = i64::MAX as u64;
 /// Queue pairs that a spec can ask for at most (NVMe 1.4 §5.21.1.7).
@@ -99,21 +101,6 @@ pub enum EmulatedMode {
     Threaded,
 }
 
-/// Address of a PCI function: domain, bus, device, function.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PciAddress {
-    domain: u32,
-    bus: u8,
-    device: u8,
-    function: u8,
-}
-
-impl fmt::Display for PciAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:04x}:{:02x}:{:02x}.{:x}", self.domain, self.bus, self.device, self.function)
-    }
-}
-
 /// What is wrong with a device spec.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("device spec `{spec}`: {problem}")]
@@ -177,8 +164,8 @@ pub enum SpecProblem {
         lba: u32,
     },
     /// Not a PCI address.
-    #[error("`{0}` is not a PCI address such as `0000:01:00.0`; `pollux list` shows those there are")]
-    PciAddress(String),
+    #[error("{0}; `pollux list` shows those there are")]
+    PciAddress(#[from] PciAddressError),
 }
 
 /// Reads a size with an optional suffix: `4096`, `64k`, `1MiB`, `4GiB`, `1T`. One letter or `iB` forms are powers of 1024,
@@ -362,9 +349,8 @@ fn parse(spec: &str) -> Result<DeviceSpec, SpecProblem> {
                 });
             }
             let options = Options::parse("pci", parts)?;
-            let address = pci_address(target).ok_or_else(|| SpecProblem::PciAddress(target.to_owned()))?;
             Ok(DeviceSpec {
-                target: Target::Pci(address),
+                target: Target::Pci(target.parse()?),
                 queues: options.queues,
                 namespace: options.namespace,
             })
@@ -400,23 +386,6 @@ fn emulated(target: &str, options: &Options) -> Result<EmulatedSpec, SpecProblem
         }
     }
     Ok(EmulatedSpec { backing, size: options.size, lba: options.lba, mode: options.mode, mdts: options.mdts })
-}
-
-fn pci_address(text: &str) -> Option<PciAddress> {
-    let hex = |text: &str, digits: std::ops::RangeInclusive<usize>| {
-        let well_formed = digits.contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-        well_formed.then(|| u32::from_str_radix(text, 16).ok()).flatten()
-    };
-    let mut fields = text.split(':');
-    let (domain, bus, rest) = (fields.next()?, fields.next()?, fields.next()?);
-    let (device, function) = rest.split_once('.')?;
-    let address = PciAddress {
-        domain: hex(domain, 4..=8)?,
-        bus: hex(bus, 2..=2)? as u8,
-        device: hex(device, 2..=2)? as u8,
-        function: hex(function, 1..=1)? as u8,
-    };
-    (fields.next().is_none() && address.device < 32 && address.function < 8).then_some(address)
 }
 
 impl fmt::Display for DeviceSpec {
@@ -490,6 +459,7 @@ mod tests {
 
         assert_eq!(spec("emu:./mem").to_string(), "emu:./mem");
         assert_eq!(spec("pci:0000:01:00.0").to_string(), "pci:0000:01:00.0");
+        assert_eq!(spec("pci:01:00.0"), spec("pci:0000:01:00.0"));
         assert_eq!(spec("vfio-user:/run/x/cntrl,ns=3").namespace, Some(NamespaceId::new(3)));
     }
 
@@ -520,7 +490,7 @@ mod tests {
             ("emu:x,ns=1,ns=2", "`ns` is given twice"),
             ("emu:x,speed=9", "those are size, lba, mode, mdts, queues, ns"),
             ("pci:", "such as `0000:01:00.0`"),
-            ("pci:01:00.0", "`pollux list`"),
+            ("pci:01:00", "the function is missing"),
             ("pci:0000:01:20.0", "`pollux list`"),
             ("pci:0000:01:00.8", "`pollux list`"),
             ("pci:0000:01:00.0,size=1GiB", "those are queues, ns"),

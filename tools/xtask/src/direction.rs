@@ -20,8 +20,9 @@ enum May {
 const ALLOWED: &[(&str, May)] = &[
     ("reactor", May::Only(&[])),
     ("nvme-spec", May::Only(&[])),
-    ("nvme-emulator", May::Only(&["reactor", "nvme-spec"])),
-    ("nvme", May::Only(&["reactor", "nvme-spec", "nvme-emulator"])),
+    ("vfio-user-protocol", May::Only(&[])),
+    ("nvme-emulator", May::Only(&["reactor", "nvme-spec", "vfio-user-protocol"])),
+    ("nvme", May::Only(&["reactor", "nvme-spec", "vfio-user-protocol", "nvme-emulator"])),
     ("fs-core", May::Only(&["reactor"])),
     ("pollux-tools", May::All),
     ("hw-tests", May::All),

@@ -203,7 +203,9 @@ impl Core {
         let aborted = if qid == 0 {
             self.abort_event_request(cid) || queue.mark_abort(&self.submission[0], cid)
         } else if let Some(slot) = self.submission.get(usize::from(qid)) {
-            lock(&slot.queue).as_mut().is_some_and(|queue| queue.mark_abort(slot, cid))
+            let marked = lock(&slot.queue).as_mut().is_some_and(|queue| queue.mark_abort(slot, cid));
+            self.notify(qid); // what waits inside the controller completes now
+            marked
         } else {
             false
         };

@@ -6,6 +6,7 @@ use std::time::Duration;
 use nvme_spec::identify::Oncs;
 
 use crate::error::EmulatorError;
+use crate::latency::{LatencyModel, MAX_LATENCY};
 
 /// Largest number of I/O queue pairs.
 pub const MAX_IO_QUEUES: u16 = 256;
@@ -168,6 +169,9 @@ pub struct ControllerConfig {
     pub model: String,
     /// How commands are executed.
     pub mode: Mode,
+    /// How long I/O commands take, beyond what executing them does. Not with [`Mode::Inline`], where nothing could complete
+    /// them later.
+    pub latency: Option<LatencyModel>,
 }
 
 impl Default for ControllerConfig {
@@ -186,6 +190,7 @@ impl Default for ControllerConfig {
             serial: "POLLUX-EMU-0001".into(),
             model: "Pollux embedded NVMe controller".into(),
             mode: Mode::Inline,
+            latency: None,
         }
     }
 }
@@ -226,6 +231,21 @@ impl ControllerConfig {
             check(
                 (1..=MAX_WORKERS).contains(&options.workers),
                 format!("workers is {}, must be 1 to {MAX_WORKERS}", options.workers),
+            )?;
+        }
+        if let Some(model) = &self.latency {
+            check(
+                self.mode != Mode::Inline,
+                "a latency model needs threads or steps; inline, commands complete in the doorbell write"
+                    .into(),
+            )?;
+            check(
+                model.jitter_percent <= 100
+                    && model.iops_limit != Some(0)
+                    && [model.read, model.write, model.flush].iter().all(|latency| *latency <= MAX_LATENCY),
+                format!(
+                    "latency model {model:?}: at most {MAX_LATENCY:?}, 100 percent, and not 0 commands a second"
+                ),
             )?;
         }
         self.validate_namespaces(&check)

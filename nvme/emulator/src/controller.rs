@@ -8,8 +8,7 @@
 //!   by all; the controller's own lock (`admin`) is taken there only for errors and events;
 //! - a command completes exactly once, or is held (asynchronous event request), or vanishes in a reset.
 //!
-//! The place for fault rules: [`Core::run_queue`] is the only caller of `execute`, and [`Core::complete`] the only way
-//! to a completion queue. A rule that delays, drops, alters or forges sits between the two.
+//! With fault rules or a latency model, commands leave this path for `faults::detour` between fetch and execute.
 //!
 //! Excludes: the reset handshake (`handshake`), what commands do (`admin`, `io`), threads (`worker`).
 
@@ -18,6 +17,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use nvme_spec::log::{AsyncEvent, LogPageId};
 use nvme_spec::registers::{self, Doorbell};
@@ -27,7 +27,10 @@ use crate::admin::AdminState;
 use crate::config::{ControllerConfig, Mode, WriteCache};
 use crate::dma::DmaSpace;
 use crate::error::EmulatorError;
+use crate::faults::FaultPlan;
+use crate::faults::book::FaultBook;
 use crate::interrupt::{MASK_REGISTER, MASK_VECTOR, Vector, VectorMask};
+use crate::latency::{Clock, Latency};
 use crate::locks::lock;
 use crate::namespace::Namespace;
 use crate::power_cut::{CutPolicy, CutReport};
@@ -172,6 +175,39 @@ impl EmulatedController {
         self.core.power_cut(policy)
     }
 
+    /// Moves the controller's time, by which delays and the latency model go; inline, what has become due is carried out
+    /// before this returns. With [`Mode::Threaded`] time moves by itself, and this does nothing.
+    pub fn advance(&self, by: Duration) {
+        self.core.advance(by);
+    }
+
+    /// The fault rules.
+    pub fn faults(&self) -> FaultPlan<'_> {
+        FaultPlan::new(&self.core)
+    }
+
+    /// Removes the device by surprise: registers read as all ones, writes and doorbells do nothing, what is in flight
+    /// never completes. When this returns no memory is touched any more. What was written stays written.
+    pub fn remove(&self) {
+        self.core.remove();
+    }
+
+    /// Puts a removed device back, disabled, as after power-on. Does nothing if it is there.
+    pub fn reinsert(&self) {
+        self.core.reinsert();
+    }
+
+    /// Whether the device is removed.
+    pub fn is_removed(&self) -> bool {
+        self.core.registers.state() == State::Removed
+    }
+
+    /// Resets the function, as FLR does a PCI one: what is in flight is gone, registers and features are as after power-on,
+    /// mappings, interrupt connections and data stay. Works where a disable is not acted on.
+    pub fn reset_function(&self) {
+        self.core.reset_function();
+    }
+
     /// Writes that a power cut could lose now.
     pub fn unflushed_writes(&self) -> usize {
         self.core.namespaces.iter().map(|n| n.store().unflushed()).sum()
@@ -259,6 +295,18 @@ pub(crate) struct Core {
     /// I/O queues granted by the Number of Queues feature.
     pub(crate) granted_queues: AtomicU16,
     pub(crate) workers: WorkerSet,
+    pub(crate) faults: FaultBook,
+    pub(crate) latency: Latency,
+    clock: Clock,
+}
+
+/// A submission queue on whose behalf commands are run, with its lock held.
+pub(crate) struct Lane<'a> {
+    pub(crate) qid: u16,
+    pub(crate) slot: &'a SubmissionSlot,
+    pub(crate) completion: &'a CompletionSlot,
+    /// To be told at the end.
+    vector: Option<u16>,
 }
 
 /// What executing a command led to.
@@ -297,6 +345,12 @@ impl Core {
             burst: AtomicU8::new(0),
             granted_queues: AtomicU16::new(config.io_queues),
             workers: WorkerSet::new(workers),
+            faults: FaultBook::default(),
+            latency: Latency::new(config.latency),
+            clock: match config.mode {
+                Mode::Threaded(_) => Clock::real(),
+                Mode::Inline | Mode::Stepped => Clock::virtual_from_zero(),
+            },
             config,
         };
         core.reset_features();
@@ -334,7 +388,15 @@ impl Core {
     }
 
     fn read_register(&self, offset: u64) -> u32 {
+        let value = self.true_register(offset);
+        if self.faults.registers_armed() { self.faults.distort(offset, value, self.now_ns()) } else { value }
+    }
+
+    fn true_register(&self, offset: u64) -> u32 {
         let r = &self.registers;
+        if r.state() == State::Removed {
+            return u32::MAX;
+        }
         match offset {
             registers::CAP => u64::from(r.cap) as u32,
             o if o == registers::CAP + 4 => (u64::from(r.cap) >> 32) as u32,
@@ -353,6 +415,9 @@ impl Core {
 
     fn write_register(&self, offset: u64, value: u32) {
         let r = &self.registers;
+        if r.state() == State::Removed {
+            return;
+        }
         let set_half = |register: &std::sync::atomic::AtomicU64, high: bool| {
             let shift = if high { 32 } else { 0 };
             let keep = !(u64::from(u32::MAX) << shift);
@@ -421,7 +486,7 @@ impl Core {
 
     /// Sees to it that the queue is looked at.
     #[inline]
-    fn notify(&self, qid: u16) {
+    pub(crate) fn notify(&self, qid: u16) {
         match self.config.mode {
             Mode::Inline => {
                 self.run_queue(qid, u32::MAX);
@@ -470,8 +535,12 @@ impl Core {
             ab => 1 << ab,
         };
         let mut executed = 0;
+        let mut now = None;
         for qid in (first..self.submission.len()).step_by(step) {
-            if self.submission[qid].has_work() {
+            let slot = &self.submission[qid];
+            let mut due =
+                || slot.due_ns().is_some_and(|due| due <= *now.get_or_insert_with(|| self.now_ns()));
+            if slot.has_work() || due() {
                 executed += self.run_queue(qid as u16, burst) as usize;
             }
         }
@@ -483,7 +552,28 @@ impl Core {
         self.is_ready() && self.submission.iter().skip(first).step_by(step).any(SubmissionSlot::has_work)
     }
 
-    /// Executes up to `burst` commands of a queue; returns their number.
+    /// When the next of what waits in these queues is due, in the controller's nanoseconds.
+    pub(crate) fn next_due_ns(&self, first: usize, step: usize) -> Option<u64> {
+        let slots = self.submission.iter().skip(first).step_by(step);
+        if self.is_ready() { slots.filter_map(SubmissionSlot::due_ns).min() } else { None }
+    }
+
+    pub(crate) fn now_ns(&self) -> u64 {
+        self.clock.now_ns()
+    }
+
+    fn advance(&self, by: Duration) {
+        self.clock.advance(by);
+        if self.config.mode == Mode::Inline {
+            for (qid, slot) in (0..).zip(&self.submission) {
+                if slot.due_ns().is_some_and(|due| due <= self.now_ns()) {
+                    self.run_queue(qid, u32::MAX);
+                }
+            }
+        }
+    }
+
+    /// Executes up to `burst` commands of a queue and what has become due; returns their number.
     #[inline]
     fn run_queue(&self, qid: u16, burst: u32) -> u32 {
         let slot = &self.submission[usize::from(qid)];
@@ -491,11 +581,16 @@ impl Core {
         slot.take_kick();
         let Some(queue) = guard.as_mut() else { return 0 };
         let completion = &self.completion[usize::from(slot.cqid())];
-        let mut vector = None;
+        let mut lane = Lane { qid, slot, completion, vector: None };
         let mut executed = 0;
+        let mut due = 0;
         if let Some(entry) = queue.unposted.take() {
-            self.complete(slot, queue, completion, entry, &mut vector);
+            self.complete(&mut lane, queue, entry);
         }
+        if !queue.deferred.is_empty() {
+            due += self.run_deferred(&mut lane, queue);
+        }
+        let detour = self.faults.commands_armed() || self.latency.is_modelled();
         while executed < burst && queue.unposted.is_none() && self.is_ready() {
             let (entry, aborted) = match queue.fetch(slot) {
                 Ok(Some(fetched)) => fetched,
@@ -506,6 +601,10 @@ impl Core {
                 }
             };
             executed += 1;
+            if detour {
+                self.detour(&mut lane, queue, entry, aborted);
+                continue;
+            }
             let result = if aborted {
                 Err(StatusCode::ABORT_REQUESTED)
             } else {
@@ -517,17 +616,20 @@ impl Core {
                 Err(code) => (0, self.command_failed(qid, &entry, code)),
             };
             let done = completion_entry(qid, queue.head(), entry.cid.get(), dw0, status);
-            self.complete(slot, queue, completion, done, &mut vector);
+            self.complete(&mut lane, queue, done);
+        }
+        if !queue.deferred.is_empty() {
+            due += self.run_deferred(&mut lane, queue);
         }
         bump(&slot.stats.commands, u64::from(executed));
-        if let Some(vector) = vector {
+        if let Some(vector) = lane.vector {
             self.raise(vector);
         }
-        executed
+        executed + due
     }
 
     #[inline]
-    fn execute(
+    pub(crate) fn execute(
         &self,
         qid: u16,
         slot: &SubmissionSlot,
@@ -539,22 +641,29 @@ impl Core {
 
     /// Posts a completion, or keeps it in the queue until there is room.
     #[inline]
-    fn complete(
+    pub(crate) fn complete(&self, lane: &mut Lane<'_>, queue: &mut SubmissionQueue, entry: CompletionEntry) {
+        let posted = lane.completion.post(entry);
+        self.note_posted(lane, queue, entry, posted);
+    }
+
+    /// Draws the consequences of posting an entry.
+    #[inline]
+    pub(crate) fn note_posted(
         &self,
-        slot: &SubmissionSlot,
+        lane: &mut Lane<'_>,
         queue: &mut SubmissionQueue,
-        completion: &CompletionSlot,
         entry: CompletionEntry,
-        vector: &mut Option<u16>,
+        posted: Posted,
     ) {
-        match completion.post(entry) {
+        match posted {
             Posted::Yes(to) => {
-                *vector = to;
-                slot.set_blocked(false);
+                lane.vector = to;
+                lane.slot.set_blocked(false);
+                queue.last_cid = Some(entry.cid.get());
             }
             Posted::Full => {
                 queue.unposted = Some(entry);
-                slot.set_blocked(true);
+                lane.slot.set_blocked(true);
             }
             Posted::Gone => {}
             Posted::Unmapped => self.fail("a completion queue's memory is not mapped"),
@@ -596,7 +705,7 @@ impl Core {
 
     /// Turns a code into the completion's status and logs the error (§5.14.1.1).
     #[cold]
-    fn command_failed(&self, qid: u16, entry: &SubmissionEntry, code: StatusCode) -> Status {
+    pub(crate) fn command_failed(&self, qid: u16, entry: &SubmissionEntry, code: StatusCode) -> Status {
         tracing::debug!(qid, cid = entry.cid.get(), opcode = entry.opcode, status = %code, "command failed");
         let status = Status::from_code(code).with_dnr(!may_succeed_later(code)).with_more(true);
         lock(&self.admin).log_error(qid, entry, status);
@@ -630,7 +739,7 @@ impl Core {
     }
 }
 
-fn completion_entry(qid: u16, head: u32, cid: u16, dw0: u32, status: Status) -> CompletionEntry {
+pub(crate) fn completion_entry(qid: u16, head: u32, cid: u16, dw0: u32, status: Status) -> CompletionEntry {
     let mut entry = CompletionEntry::default();
     entry.dw0.set(dw0);
     entry.sq_head.set(head as u16);

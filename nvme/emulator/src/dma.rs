@@ -308,7 +308,7 @@ impl DmaSpace {
         self.shared.generation.fetch_add(1, Ordering::Release);
     }
 
-    fn record(&self, fault: DmaFault) {
+    pub(crate) fn record(&self, fault: DmaFault) {
         self.shared.fault_count.fetch_add(1, Ordering::Relaxed);
         tracing::warn!(target: "nvme_emulator::dma", %fault, "access outside the mappings");
         let mut faults = lock(&self.shared.faults);
@@ -414,6 +414,11 @@ impl DmaView {
         };
         self.last = region;
         Ok(Place { region, offset })
+    }
+
+    /// Device address of a resolved place.
+    pub(crate) fn address_of(&self, place: Place) -> u64 {
+        self.table[place.region].iova + place.offset as u64
     }
 
     /// The memory at a resolved place.

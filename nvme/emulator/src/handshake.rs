@@ -12,6 +12,7 @@ use nvme_spec::registers::{Aqa, Cc, Csts, shst};
 use crate::config::Mode;
 use crate::controller::Core;
 use crate::dma::DmaDirection;
+use crate::faults::RegisterFault;
 use crate::interrupt::{MASK_REGISTER, MASK_VECTOR};
 use crate::locks::lock;
 use crate::power_cut::{CutPolicy, CutReport, PowerCut};
@@ -28,35 +29,52 @@ impl Core {
         if before.en() && !Cc::from(value).en() {
             self.reset_requested.store(true, Ordering::Release);
         }
+        self.rethink_cc();
+    }
+
+    /// Brings the controller's state in line with CC.
+    pub(crate) fn apply_cc(&self) {
+        let _one_at_a_time = lock(&self.handshake);
+        if self.registers.state() == State::Removed {
+            return;
+        }
+        if self.reset_requested.load(Ordering::Acquire)
+            && !self.faults.register_fault(RegisterFault::NeverStops)
+            && self.reset_requested.swap(false, Ordering::AcqRel)
+        {
+            self.reset();
+        }
+        let cc = self.registers.cc();
+        if cc.en()
+            && self.registers.state() == State::Disabled
+            && !self.faults.register_fault(RegisterFault::NeverReady)
+        {
+            self.start(cc);
+        }
+        if cc.shn() != 0 && self.registers.csts().shst() != shst::COMPLETE {
+            self.shut_down();
+        }
+    }
+
+    /// Looks at CC again, because a fault that kept it from being acted on may be gone.
+    pub(crate) fn rethink_cc(&self) {
         match self.config.mode {
             Mode::Inline | Mode::Stepped => self.apply_cc(),
             Mode::Threaded(_) => self.workers.request_handshake(),
         }
     }
 
-    /// Brings the controller's state in line with CC.
-    pub(crate) fn apply_cc(&self) {
-        let _one_at_a_time = lock(&self.handshake);
-        if self.reset_requested.swap(false, Ordering::AcqRel) {
-            self.reset();
-        }
-        let cc = self.registers.cc();
-        if cc.en() && self.registers.state() == State::Disabled {
-            self.start(cc);
-        }
-        if cc.shn() != 0 && self.registers.csts().shst() == shst::NORMAL {
-            self.shut_down();
-        }
-    }
-
     /// EN from 0 to 1: checks the settings, sets up the admin queue, becomes ready (§7.6.1).
     fn start(&self, cc: Cc) {
-        if let Err(why) = self.install_admin_queue(cc) {
+        let fatal = self.faults.register_fault(RegisterFault::FatalOnEnable);
+        let installed = if fatal { Err("a fault rule says so") } else { self.install_admin_queue(cc) };
+        if let Err(why) = installed {
             tracing::error!(why, "controller cannot be enabled");
             self.registers.apply(Event::Fatal);
             return;
         }
         lock(&self.admin).clean_shutdown = false;
+        self.faults.enabled(self.now_ns());
         self.registers.apply(Event::Enable);
         self.registers.update_csts(|csts| csts.with_rdy(true));
     }
@@ -122,6 +140,9 @@ impl Core {
         for slot in &self.submission {
             drop(lock(&slot.queue)); // waits for a command being executed
         }
+        if self.faults.register_fault(RegisterFault::ShutdownNeverCompletes) {
+            return;
+        }
         for namespace in &self.namespaces {
             if let Err(status) = namespace.flush() {
                 tracing::error!(nsid = %namespace.nsid(), %status, "flush at shutdown failed");
@@ -131,15 +152,49 @@ impl Core {
         self.registers.update_csts(|csts| csts.with_shst(shst::COMPLETE));
     }
 
-    /// Power fails and returns.
-    pub(crate) fn power_cut(&self, policy: CutPolicy) -> CutReport {
-        let _one_at_a_time = lock(&self.handshake);
+    /// Back to the registers of power-on. The caller holds the handshake's lock.
+    fn reset_registers(&self) {
         self.reset_requested.store(false, Ordering::Release);
         self.reset();
         self.registers.power_on();
         for vector in &self.vectors {
             vector.reset(MASK_REGISTER | MASK_VECTOR);
         }
+    }
+
+    /// Resets the function: what a disable cannot stop, this does.
+    pub(crate) fn reset_function(&self) {
+        let _one_at_a_time = lock(&self.handshake);
+        self.reset_registers();
+    }
+
+    /// The device is gone, from this instant for whoever looks at the state. Does not wait for commands being executed, and so
+    /// may be called by one.
+    pub(crate) fn vanish(&self) {
+        tracing::warn!("controller removed");
+        self.registers.apply(Event::Remove);
+    }
+
+    /// Removes the device. When it returns, no memory is touched and nothing completes any more.
+    pub(crate) fn remove(&self) {
+        let _one_at_a_time = lock(&self.handshake);
+        self.vanish();
+        self.reset(); // waits for each command being executed
+    }
+
+    /// Puts the device back, as after power-on.
+    pub(crate) fn reinsert(&self) {
+        let _one_at_a_time = lock(&self.handshake);
+        if self.registers.state() == State::Removed {
+            self.reset_registers();
+            self.registers.apply(Event::Insert);
+        }
+    }
+
+    /// Power fails and returns.
+    pub(crate) fn power_cut(&self, policy: CutPolicy) -> CutReport {
+        let _one_at_a_time = lock(&self.handshake);
+        self.reset_registers();
         lock(&self.admin).power_returned();
         let mut cut = PowerCut::new(policy);
         let mut report = CutReport::default();

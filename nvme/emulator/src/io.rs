@@ -11,7 +11,7 @@ use nvme_spec::{NamespaceId, NvmOpcode, StatusCode, SubmissionEntry};
 use zerocopy::FromBytes;
 
 use crate::controller::{Core, Outcome};
-use crate::dma::{DmaDirection, Payload};
+use crate::dma::{DmaDirection, DmaView, Payload, SegmentList};
 use crate::namespace::{ByteRange, Namespace};
 use crate::prp::{self, PrpPointer};
 use crate::queue::{SubmissionQueue, SubmissionSlot, bump};
@@ -178,7 +178,11 @@ pub(crate) fn resolve(
     direction: DmaDirection,
 ) -> Result<(), StatusCode> {
     let pointer = PrpPointer { prp1: entry.prp1.get(), prp2: entry.prp2.get(), page_shift: queue.page_shift };
-    prp::walk(pointer, len, direction, &mut queue.view, &mut queue.segments)
+    let walk = |view: &mut DmaView, list: &mut SegmentList| prp::walk(pointer, len, direction, view, list);
+    match &mut queue.diversion {
+        None => walk(&mut queue.view, &mut queue.segments),
+        Some(diversion) => diversion.resolve(len, direction, &mut queue.view, &mut queue.segments, walk),
+    }
 }
 
 /// Dataset Management (§6.7): all ranges are checked before the first is acted on.

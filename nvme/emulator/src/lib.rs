@@ -23,9 +23,11 @@ mod config;
 mod controller;
 mod dma;
 mod error;
+mod faults;
 mod handshake;
 mod interrupt;
 mod io;
+mod latency;
 mod locks;
 mod namespace;
 mod power_cut;
@@ -45,5 +47,10 @@ pub use dma::{
     MAX_REGIONS, MappedRegion,
 };
 pub use error::EmulatorError;
+pub use faults::{
+    AllOnesRegister, CidFault, CommandMatch, Effect, FaultPlan, FaultRule, HeldAbort, MAX_STALE_BLOCKS,
+    QueueMatch, ReadyDelay, RegisterFault, RuleId, Times, When,
+};
 pub use interrupt::VectorMask;
+pub use latency::LatencyModel;
 pub use power_cut::{CutPolicy, CutReport, Tear};

@@ -25,6 +25,8 @@ use vm_memory::Bytes;
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::dma::{DmaDirection, DmaSpace, DmaView, SegmentList, Unmapped};
+use crate::faults::deferred::{DeferredList, NEVER_NS};
+use crate::faults::diversion::Diversion;
 
 /// Commands that one queue may have marked for abortion before they are fetched.
 pub(crate) const MAX_MARKED_ABORTS: usize = 64;
@@ -70,8 +72,10 @@ pub(crate) struct SubmissionSlot {
     cqid: AtomicU16,
     /// The completion queue was full: there is nothing to do before it is kicked.
     blocked: AtomicBool,
-    /// Its completion queue got room.
+    /// Its completion queue got room, or something that was held may go.
     kicked: AtomicBool,
+    /// When something that waits is due, in the controller's nanoseconds, plus one; 0 if nothing waits.
+    due: AtomicU64,
     pub(crate) queue: Mutex<Option<SubmissionQueue>>,
     pub(crate) stats: QueueStats,
 }
@@ -117,7 +121,18 @@ impl SubmissionSlot {
                 || (!self.blocked.load(Ordering::Acquire) && self.tail() != self.head()))
     }
 
-    /// Says that the completion queue got room.
+    /// When the first of what waits is due, if it could be posted.
+    pub(crate) fn due_ns(&self) -> Option<u64> {
+        let due = self.due.load(Ordering::Acquire).checked_sub(1)?;
+        (self.exists() && !self.blocked.load(Ordering::Acquire)).then_some(due)
+    }
+
+    /// Notes when the first of what waits is due. The caller holds `queue`'s lock.
+    pub(crate) fn set_due_ns(&self, due_ns: u64) {
+        self.due.store(if due_ns == NEVER_NS { 0 } else { due_ns + 1 }, Ordering::Release);
+    }
+
+    /// Says that the completion queue got room, or that something was released.
     pub(crate) fn kick(&self) {
         self.kicked.store(true, Ordering::Release);
     }
@@ -145,6 +160,7 @@ impl SubmissionSlot {
         self.cqid.store(queue.cqid, Ordering::Relaxed);
         self.blocked.store(false, Ordering::Relaxed);
         self.kicked.store(false, Ordering::Relaxed);
+        self.due.store(0, Ordering::Relaxed);
         let entries = queue.ring.entries;
         *place = Some(queue);
         // Release: who sees the queue exist sees its zeroed positions.
@@ -184,6 +200,12 @@ pub(crate) struct SubmissionQueue {
     pub(crate) segments: SegmentList,
     /// A completion for which there was no room yet; nothing is fetched before it is posted.
     pub(crate) unposted: Option<CompletionEntry>,
+    /// What is executed or posted later.
+    pub(crate) deferred: DeferredList,
+    /// Where the data of the command being executed goes instead, if a fault rule says so.
+    pub(crate) diversion: Option<Box<Diversion>>,
+    /// Command identifier of the last completion.
+    pub(crate) last_cid: Option<u16>,
     /// Ring indices of waiting commands that are to be aborted when they are reached.
     aborts: Vec<u32>,
 }
@@ -198,6 +220,9 @@ impl SubmissionQueue {
             view: dma.view(),
             segments: SegmentList::default(),
             unposted: None,
+            deferred: DeferredList::default(),
+            diversion: None,
+            last_cid: None,
             aborts: Vec::new(),
         }
     }
@@ -232,8 +257,26 @@ impl SubmissionQueue {
         found.map(|i| self.aborts.swap_remove(i)).is_some()
     }
 
-    /// Marks the waiting command `cid`; false if there is none, or too many are marked.
+    /// Whether a command of this identifier is in the ring and not fetched yet.
+    pub(crate) fn is_waiting(&mut self, slot: &SubmissionSlot, cid: u16) -> bool {
+        let tail = slot.tail();
+        let mut index = self.head;
+        while index != tail {
+            if self.entry_at(index).is_ok_and(|entry| entry.cid.get() == cid) {
+                return true;
+            }
+            index = self.ring.next(index);
+        }
+        false
+    }
+
+    /// Marks the waiting command `cid`; false if there is none, or too many are marked. What was fetched and waits inside
+    /// the controller is aborted at the next look at the queue.
     pub(crate) fn mark_abort(&mut self, slot: &SubmissionSlot, cid: u16) -> bool {
+        if !self.deferred.is_empty() && self.deferred.abort(cid) {
+            slot.kick();
+            return true;
+        }
         let tail = slot.tail();
         self.view.refresh();
         let mut index = self.head;
@@ -279,6 +322,22 @@ pub(crate) struct CompletionQueue {
     /// Interrupt vector, if interrupts are enabled.
     pub(crate) vector: Option<u16>,
     view: DmaView,
+}
+
+/// The phase tag that an entry is posted with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PhaseTag {
+    /// That of this round.
+    Right,
+    /// That of the round before.
+    Stale,
+}
+
+/// Whether entries that the host has not freed may be overwritten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Overrun {
+    Never,
+    Allowed,
 }
 
 /// How posting went.
@@ -354,13 +413,19 @@ impl CompletionSlot {
         (DoorbellCheck::Accepted, stalled)
     }
 
-    /// Posts an entry with the phase tag of its slot.
+    /// Posts an entry with the phase tag of its slot, if there is room.
     #[inline]
-    pub(crate) fn post(&self, mut entry: CompletionEntry) -> Posted {
+    pub(crate) fn post(&self, entry: CompletionEntry) -> Posted {
+        self.post_as(entry, PhaseTag::Right, Overrun::Never)
+    }
+
+    /// Posts an entry. Anything but the right tag and no overrun is a fault on purpose.
+    #[inline]
+    pub(crate) fn post_as(&self, mut entry: CompletionEntry, tag: PhaseTag, overrun: Overrun) -> Posted {
         let mut guard = crate::locks::lock(&self.queue);
         let Some(queue) = guard.as_mut() else { return Posted::Gone };
         let next = queue.ring.next(queue.tail);
-        if next == self.head.load(Ordering::Acquire) {
+        if next == self.head.load(Ordering::Acquire) && overrun == Overrun::Never {
             self.stalled.store(true, Ordering::Relaxed);
             // See the module's *Memory ordering*.
             fence(Ordering::SeqCst);
@@ -368,7 +433,7 @@ impl CompletionSlot {
                 return Posted::Full;
             }
         }
-        entry.set_status(entry.status(), queue.phase);
+        entry.set_status(entry.status(), queue.phase == (tag == PhaseTag::Right));
         self.tail.store(next, Ordering::Release);
         if queue.store(&entry).is_err() {
             return Posted::Unmapped;

@@ -30,6 +30,8 @@ pub(crate) enum State {
     Ready = 1,
     Shutdown = 2,
     Failed = 3,
+    /// The device is gone.
+    Removed = 4,
 }
 
 /// What can happen to it.
@@ -39,12 +41,18 @@ pub(crate) enum Event {
     Disable,
     ShutdownNotice,
     Fatal,
+    Remove,
+    Insert,
 }
 
 impl State {
     /// The state after `event`.
     pub(crate) fn after(self, event: Event) -> Self {
         match (self, event) {
+            (_, Event::Remove) => Self::Removed,
+            (Self::Removed, Event::Insert) => Self::Disabled,
+            (state, Event::Insert) => state,
+            (Self::Removed, _) => Self::Removed,
             (Self::Disabled, Event::Enable) => Self::Ready,
             (Self::Disabled, Event::Disable | Event::ShutdownNotice) => Self::Disabled,
             (Self::Ready, Event::ShutdownNotice) => Self::Shutdown,
@@ -61,7 +69,8 @@ impl State {
             0 => Self::Disabled,
             1 => Self::Ready,
             2 => Self::Shutdown,
-            _ => Self::Failed,
+            3 => Self::Failed,
+            _ => Self::Removed,
         }
     }
 }
@@ -175,16 +184,18 @@ mod tests {
 
     #[test]
     fn transitions_are_those_of_the_table() {
-        use Event::{Disable, Enable, Fatal, ShutdownNotice};
-        use State::{Disabled, Failed, Ready, Shutdown};
+        use Event::{Disable, Enable, Fatal, Insert, Remove, ShutdownNotice};
+        use State::{Disabled, Failed, Ready, Removed, Shutdown};
         let table = [
-            (Disabled, [Ready, Disabled, Disabled, Failed]),
-            (Ready, [Ready, Disabled, Shutdown, Failed]),
-            (Shutdown, [Shutdown, Disabled, Shutdown, Failed]),
-            (Failed, [Failed, Disabled, Failed, Failed]),
+            (Disabled, [Ready, Disabled, Disabled, Failed, Removed, Disabled]),
+            (Ready, [Ready, Disabled, Shutdown, Failed, Removed, Ready]),
+            (Shutdown, [Shutdown, Disabled, Shutdown, Failed, Removed, Shutdown]),
+            (Failed, [Failed, Disabled, Failed, Failed, Removed, Failed]),
+            (Removed, [Removed, Removed, Removed, Removed, Removed, Disabled]),
         ];
         for (state, row) in table {
-            for (event, after) in [Enable, Disable, ShutdownNotice, Fatal].into_iter().zip(row) {
+            let events = [Enable, Disable, ShutdownNotice, Fatal, Remove, Insert];
+            for (event, after) in events.into_iter().zip(row) {
                 assert_eq!(state.after(event), after, "{state:?} {event:?}");
             }
         }

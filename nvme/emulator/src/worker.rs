@@ -1,7 +1,8 @@
 //! The controller's own threads.
 //!
 //! Thread `i` of `n` serves the queues `i`, `i + n`, …; thread 0 also carries out the handshake. A thread that finds
-//! nothing looks on for a while, then announces that it sleeps, looks once more, and parks.
+//! nothing looks on for a while, then announces that it sleeps, looks once more, and parks: until it is woken, or until
+//! shortly before something that waits is due, which it then spins for.
 //!
 //! Memory ordering: `asleep` and the doorbells form a store-load pair on both sides, each with a sequentially consistent
 //! fence in between: either the sleeper sees the doorbell, or the ringer sees the sleeper and wakes it.
@@ -19,6 +20,9 @@ use crate::controller::Core;
 
 /// Spins between two looks at the clock and the queues.
 const SPINS_PER_LOOK: u32 = 32;
+
+/// How long before something is due a thread stays or is awake: more than the scheduler takes to wake it.
+const SPIN_AHEAD: Duration = Duration::from_micros(100);
 
 #[derive(Debug, Default)]
 #[repr(align(128))]
@@ -99,13 +103,21 @@ fn run(core: &Core, index: usize, spin: Duration) {
         busy |= core.round(index, step) > 0;
         if busy {
             idle_since = None;
-        } else if idle_since.get_or_insert_with(Instant::now).elapsed() < spin {
+        } else if idle_since.get_or_insert_with(Instant::now).elapsed() < spin
+            || time_to_next(core, index, step).is_some_and(|time| time.is_zero())
+        {
             (0..SPINS_PER_LOOK).for_each(|_| spin_loop());
         } else {
             sleep(core, index, step);
             idle_since = None;
         }
     }
+}
+
+/// Time that a thread can sleep before something that waits in its queues is due; `None` if nothing is.
+fn time_to_next(core: &Core, index: usize, step: usize) -> Option<Duration> {
+    let due = core.next_due_ns(index, step)?;
+    Some(Duration::from_nanos(due.saturating_sub(core.now_ns())).saturating_sub(SPIN_AHEAD))
 }
 
 fn sleep(core: &Core, index: usize, step: usize) {
@@ -118,7 +130,11 @@ fn sleep(core: &Core, index: usize, step: usize) {
         || (index == 0 && set.handshake.load(Ordering::Acquire))
         || core.has_work(index, step);
     if !wanted {
-        thread::park(); // may return early; the caller looks again anyway
+        // Either may return early; the caller looks again anyway.
+        match time_to_next(core, index, step) {
+            Some(time) => thread::park_timeout(time),
+            None => thread::park(),
+        }
     }
     me.asleep.store(false, Ordering::Relaxed);
 }

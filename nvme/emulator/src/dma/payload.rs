@@ -60,6 +60,11 @@ impl SegmentList {
         self.segments.push(Segment { place, len });
     }
 
+    /// Device address and length of each piece, in transfer order.
+    pub(crate) fn addresses<'a>(&'a self, view: &'a DmaView) -> impl Iterator<Item = (u64, usize)> + 'a {
+        self.segments.iter().map(|segment| (view.address_of(segment.place), segment.len))
+    }
+
     #[cfg(test)]
     pub(crate) fn bytes(&self) -> usize {
         self.bytes

@@ -18,7 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         None => println!("  commands of any size"),
     }
     println!("  volatile write cache: {}", if info.volatile_write_cache { "yes" } else { "no" });
-    for entry in controller.namespaces() {
+    for entry in controller.namespaces().iter() {
         match &entry.checked {
             Ok(namespace) => println!(
                 "  namespace {}: {} blocks of {} bytes",

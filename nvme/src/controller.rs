@@ -4,35 +4,41 @@
 //! `Controller` is `Send + Sync`; each [`QueuePair`] belongs to one thread.
 //!
 //! Invariants:
-//! - memory that the controller was given is released only after the controller was told to forget it (queue deleted) or
-//!   was proven quiet; else it stays in `kept` until the controller itself goes;
-//! - after the first fault nothing is submitted any more, and every queue is woken to see it;
+//! - memory that the controller was given is released only after the controller was told to forget it (queue deleted,
+//!   controller reset) or was proven quiet; else it stays in `kept` until the controller itself goes;
+//! - after a fault nothing is submitted until the controller is back, and every queue is woken to see it;
 //! - dropping the last handle shuts the controller down in an orderly way, within bounded time.
 //!
-//! Excludes: the I/O path, and recovery: a failed controller stays failed.
+//! *Locks*, in this order: the admin queue; then, never two at once, the desk, the sleepers, the events, the namespaces. The
+//! admin queue is held for as long as an admin command or a reset takes, so no queue takes it on the I/O path.
+//!
+//! Excludes: the I/O path; what is done about faults and events (`keeper`, `recovery`).
 
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use nvme_spec::command::QueueInterrupt;
-use nvme_spec::feature::{FeatureId, NumberOfQueues};
 use nvme_spec::log::SmartLog;
-use nvme_spec::registers::{self, Cap, Doorbell, doorbell_offset};
 use nvme_spec::{NamespaceId, QueueId, SubmissionEntry};
-use reactor::clock::Instant;
 use reactor::dma::DmaRegion;
 use thiserror::Error;
 use zerocopy::IntoBytes;
 
-use crate::admin::{AdminError, AdminQueue};
-use crate::fault::{Fault, Health, Life, LifeEvent};
+use crate::admin::{ADMIN_TIMEOUT, AdminError, AdminQueue};
+use crate::bring_up::{self, BringUpError};
+use crate::event::{ControllerEvent, EventLog};
+use crate::fault::{Curable, Fault, Health, Life};
 use crate::handshake::{HandshakeError, Link, shutdown_timeout};
-use crate::identity::{
-    ControllerInfo, IdentityError, Namespace, NamespaceEntry, NamespaceProblem, check_namespace_list,
-};
+use crate::identity::{ControllerInfo, Namespace, NamespaceEntry, NamespaceProblem};
+use crate::keeper::{self, Desk};
+use crate::lane::Lane;
 use crate::queue::{Queue, QueueShape};
 use crate::queue_pair::{QueueOptions, QueuePair};
+use crate::shadow::ShadowMemory;
 use crate::transport::{Timing, Transport, TransportError};
 use crate::wake;
 
@@ -40,44 +46,6 @@ use crate::wake;
 pub const MAX_NAMESPACES: usize = 1024;
 /// I/O queue pairs that are asked for if the options do not say.
 pub const DEFAULT_QUEUES: u16 = 64;
-
-/// Why a controller could not be brought up.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[non_exhaustive]
-pub enum BringUpError {
-    /// Registers.
-    #[error("{device}: {source}")]
-    Handshake {
-        /// Device name.
-        device: String,
-        /// What went wrong.
-        source: HandshakeError,
-    },
-    /// DMA memory.
-    #[error("{device}: {source}")]
-    Transport {
-        /// Device name.
-        device: String,
-        /// What went wrong.
-        source: TransportError,
-    },
-    /// Admin commands.
-    #[error("{device}: {source}")]
-    Admin {
-        /// Device name.
-        device: String,
-        /// What went wrong.
-        source: AdminError,
-    },
-    /// Identify data.
-    #[error("{device}: {source}")]
-    Identity {
-        /// Device name.
-        device: String,
-        /// What went wrong.
-        source: IdentityError,
-    },
-}
 
 /// Why a queue could not be created.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -132,25 +100,64 @@ pub struct ControllerOptions {
     pub queues: Option<u16>,
     /// Namespace that [`Controller::default_namespace`] gives; the lowest that can be used if `None`.
     pub namespace: Option<NamespaceId>,
+    /// Who sends admin commands while nobody waits for them.
+    pub keeper: Keeper,
+    /// What follows a fault that a reset may cure.
+    pub recovery: Recovery,
+}
+
+/// Who looks after a controller: takes its events, aborts what is overdue, resets it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Keeper {
+    /// A thread of its own, asleep unless there is something to do. Queues never wait for it.
+    #[default]
+    Thread,
+    /// Whoever polls a queue. Polling may then block for as long as a reset takes. For single-threaded programs and tests.
+    Polled,
+}
+
+/// What follows a fault that a reset of the controller may cure.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Recovery {
+    /// Abort, delete the queue, reset the controller, and repeat what can be repeated.
+    #[default]
+    Automatic,
+    /// The controller has failed.
+    Off,
 }
 
 /// An NVMe controller in use.
 pub struct Controller {
-    link: Link,
-    name: String,
-    info: ControllerInfo,
-    namespaces: Vec<NamespaceEntry>,
-    default_namespace: Option<NamespaceId>,
-    granted_queues: u16,
-    admin: Mutex<Admin>,
-    stop: Mutex<Option<Instant>>,
+    shared: Arc<Shared>,
+    keeper: Option<JoinHandle<()>>,
 }
 
-struct Admin {
-    queue: AdminQueue,
-    free_queues: BTreeSet<u16>,
+/// What the handle, its queues and the keeper share.
+pub(crate) struct Shared {
+    pub(crate) link: Link,
+    pub(crate) name: String,
+    pub(crate) info: ControllerInfo,
+    pub(crate) options: ControllerOptions,
+    pub(crate) namespaces: RwLock<Arc<[NamespaceEntry]>>,
+    pub(crate) granted_queues: u16,
+    /// Given to the controller as long as it runs.
+    pub(crate) shadow: Option<ShadowMemory>,
+    admin: Mutex<Admin>,
+    pub(crate) desk: Desk,
     /// Wake descriptors of the queues in use.
-    wakers: Vec<Weak<OwnedFd>>,
+    sleepers: Mutex<Vec<Weak<OwnedFd>>>,
+    pub(crate) events: Mutex<EventLog>,
+    /// Times that the controller was reset and came back.
+    pub(crate) resets: AtomicU32,
+}
+
+/// The admin queue and what is known of the I/O queues on the controller. Whoever holds it is the only one who stops, resets
+/// or shuts down the controller.
+pub(crate) struct Admin {
+    pub(crate) queue: AdminQueue,
+    free_queues: BTreeSet<u16>,
+    /// Queues that exist on the controller.
+    pub(crate) live: BTreeSet<u16>,
     /// Memory that a queue left behind without the controller's consent.
     kept: Vec<Arc<dyn DmaRegion>>,
 }
@@ -166,81 +173,100 @@ impl Controller {
         options: &ControllerOptions,
     ) -> Result<Arc<Self>, BringUpError> {
         let name = transport.name().to_owned();
+        let keeper_error =
+            |error: std::io::Error| BringUpError::Keeper { device: name.clone(), reason: error.to_string() };
+        let desk = Desk::new().map_err(keeper_error)?;
         let link = Link { transport, timing, health: Health::new() };
-        let result = BringUp { link: &link, options }.run();
-        match result {
-            Ok(found) => Ok(Arc::new(Self {
-                granted_queues: found.granted,
-                admin: Mutex::new(Admin {
-                    queue: found.admin,
-                    free_queues: (1..=found.granted).collect(),
-                    wakers: Vec::new(),
-                    kept: Vec::new(),
-                }),
-                default_namespace: options.namespace,
-                info: found.info,
-                namespaces: found.namespaces,
-                stop: Mutex::new(None),
-                name,
-                link,
-            })),
-            Err(problem) => Err(problem.named(name)),
+        let found = match bring_up::run(&link, options) {
+            Ok(found) => found,
+            Err(problem) => return Err(problem.named(name)),
+        };
+        let shared = Arc::new(Shared {
+            granted_queues: found.granted,
+            admin: Mutex::new(Admin {
+                queue: found.admin,
+                free_queues: (1..=found.granted).collect(),
+                live: BTreeSet::new(),
+                kept: Vec::new(),
+            }),
+            options: options.clone(),
+            info: found.info,
+            namespaces: RwLock::new(found.namespaces.into()),
+            shadow: found.shadow,
+            sleepers: Mutex::default(),
+            events: Mutex::default(),
+            resets: AtomicU32::new(0),
+            desk,
+            name,
+            link,
+        });
+        let mut controller = Self { keeper: None, shared };
+        if options.keeper == Keeper::Thread {
+            // On failure the controller is dropped here, which shuts it down.
+            let spawned = keeper::spawn(&controller.shared);
+            let named = |error: std::io::Error| BringUpError::Keeper {
+                device: controller.name().to_owned(),
+                reason: error.to_string(),
+            };
+            controller.keeper = Some(spawned.map_err(named)?);
         }
+        Ok(Arc::new(controller))
     }
 
     /// Name of the device, such as `emu:/var/lib/p.img`.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.shared.name
     }
 
     /// What the controller is.
     pub fn info(&self) -> &ControllerInfo {
-        &self.info
+        &self.shared.info
     }
 
-    /// Its active namespaces, ascending, with those that cannot be used.
-    pub fn namespaces(&self) -> &[NamespaceEntry] {
-        &self.namespaces
+    /// Its active namespaces, ascending, with those that cannot be used: as of the last time the controller said that they
+    /// changed.
+    pub fn namespaces(&self) -> Arc<[NamespaceEntry]> {
+        self.shared.namespaces()
     }
 
     /// I/O queue pairs that can exist at once.
     pub fn max_queues(&self) -> u16 {
-        self.granted_queues
+        self.shared.granted_queues
     }
 
     /// The namespace that the options named, or else the lowest that can be used.
     ///
     /// # Errors
     /// It does not exist or cannot be used.
-    pub fn default_namespace(&self) -> Result<&Namespace, QueueError> {
-        match self.default_namespace {
-            Some(nsid) => self.namespace(nsid),
-            None => {
-                if let Some(usable) = self.namespaces.iter().find_map(|entry| entry.checked.as_ref().ok()) {
-                    return Ok(usable);
-                }
-                self.namespace(self.namespaces.first().map_or(NamespaceId::new(1), |entry| entry.nsid))
-            }
+    pub fn default_namespace(&self) -> Result<Namespace, QueueError> {
+        if let Some(nsid) = self.shared.options.namespace {
+            return self.namespace(nsid);
         }
+        let namespaces = self.namespaces();
+        if let Some(usable) = namespaces.iter().find_map(|entry| entry.checked.as_ref().ok()) {
+            return Ok(usable.clone());
+        }
+        self.namespace(namespaces.first().map_or(NamespaceId::new(1), |entry| entry.nsid))
     }
 
     /// A namespace by its identifier.
     ///
     /// # Errors
     /// It does not exist or cannot be used.
-    pub fn namespace(&self, nsid: NamespaceId) -> Result<&Namespace, QueueError> {
-        let entry = self.namespaces.iter().find(|entry| entry.nsid == nsid).ok_or_else(|| {
-            let ids: Vec<String> = self.namespaces.iter().map(|entry| entry.nsid.to_string()).collect();
+    pub fn namespace(&self, nsid: NamespaceId) -> Result<Namespace, QueueError> {
+        let namespaces = self.namespaces();
+        let entry = namespaces.iter().find(|entry| entry.nsid == nsid).ok_or_else(|| {
+            let ids: Vec<String> = namespaces.iter().map(|entry| entry.nsid.to_string()).collect();
             QueueError::NoSuchNamespace {
-                device: self.name.clone(),
+                device: self.name().to_owned(),
                 nsid: nsid.get(),
                 available: if ids.is_empty() { "none".to_owned() } else { ids.join(", ") },
             }
         })?;
-        entry.checked.as_ref().map_err(|problem| QueueError::Namespace {
-            device: self.name.clone(),
+        entry.checked.clone().map_err(|problem| QueueError::Namespace {
+            device: self.name().to_owned(),
             nsid: nsid.get(),
-            problem: problem.clone(),
+            problem,
         })
     }
 
@@ -249,20 +275,36 @@ impl Controller {
     /// # Errors
     /// The controller refused the command, or failed.
     pub fn smart_log(&self) -> Result<Box<SmartLog>, AdminError> {
-        self.lock_admin().queue.smart_log(&self.link)
+        self.shared.command(AdminQueue::smart_log)
     }
 
-    /// The first fatal error, if there was one.
+    /// What the controller reported and what befell it since the last call, oldest first. Keeps the last
+    /// [`MAX_EVENTS`](crate::event::MAX_EVENTS).
+    pub fn take_events(&self) -> Vec<ControllerEvent> {
+        if self.shared.options.keeper == Keeper::Polled {
+            self.shared.turn();
+        }
+        self.shared.take_events()
+    }
+
+    /// The fatal error that ended the controller, if there was one.
     pub fn fault(&self) -> Option<&Fault> {
-        self.link.health.fault()
+        self.shared.link.health.fault()
     }
 
-    /// Whether the controller is in use, stopping, or stopped.
+    /// Whether the controller is in use, being reset, or at its end.
     pub fn life(&self) -> Life {
-        self.link.health.life()
+        self.shared.link.health.life()
     }
 
-    /// Creates an I/O queue pair for one namespace, for the calling thread. Blocks for a few admin commands.
+    /// Times that the controller was reset and came back.
+    pub fn resets(&self) -> u32 {
+        // Relaxed: a count orders nothing.
+        self.shared.resets.load(Ordering::Relaxed)
+    }
+
+    /// Creates an I/O queue pair for one namespace, for the calling thread. Blocks for a few admin commands, and for a reset
+    /// if one is under way.
     ///
     /// # Errors
     /// No queue is left, the namespace cannot be used, or the controller refused or failed.
@@ -271,7 +313,7 @@ impl Controller {
             Some(nsid) => self.namespace(nsid)?,
             None => self.default_namespace()?,
         };
-        QueuePair::create(self, namespace, options)
+        QueuePair::create(self, &namespace, options)
     }
 
     /// Shuts the controller down: queues still in use fail with [`Fault::ShutDown`], the controller writes back what it
@@ -280,69 +322,92 @@ impl Controller {
     /// # Errors
     /// The controller did not finish in time; it is disabled all the same.
     pub fn shutdown(&self) -> Result<(), HandshakeError> {
-        let admin = self.lock_admin();
-        if !self.link.health.fail(Fault::ShutDown) {
-            return Ok(());
-        }
-        let notified = self.link.notify_shutdown(shutdown_timeout(self.info.raw.rtd3e.get()));
-        let disabled = self.link.disable(self.info.cap);
-        match &disabled {
-            Ok(()) | Err(HandshakeError::Removed { .. }) => self.link.health.apply(LifeEvent::Quiet),
-            Err(_) => self.settle_without_proof(),
-        }
-        wake_all(&admin);
-        notified.and(disabled)
+        self.shared.shut_down()
     }
 
-    pub(crate) fn link(&self) -> &Link {
-        &self.link
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+}
+
+impl Shared {
+    pub(crate) fn namespaces(&self) -> Arc<[NamespaceEntry]> {
+        Arc::clone(&self.namespaces.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn lock_admin(&self) -> MutexGuard<'_, Admin> {
+    pub(crate) fn lock_admin(&self) -> MutexGuard<'_, Admin> {
         // A panic while it was held left at worst an admin command unanswered, which the slots account for.
         self.admin.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps the first fault, tells the controller to stop, and wakes every queue.
+    /// The admin queue of a controller that runs, after the recovery that is due or under way; of a failed one at once.
+    fn lock_running(&self) -> MutexGuard<'_, Admin> {
+        loop {
+            let admin = self.lock_admin();
+            if self.link.health.life() != Life::Stopping {
+                return admin;
+            }
+            drop(admin);
+            match self.options.keeper {
+                Keeper::Polled => self.turn(),
+                // The keeper was woken by whoever reported the fault; it holds the lock until the matter is settled.
+                Keeper::Thread => self.link.timing.pause(KEEPER_PAUSE),
+            }
+        }
+    }
+
+    /// Sends admin commands for a caller who waits for them.
+    pub(crate) fn command<T>(
+        &self,
+        send: impl FnOnce(&mut AdminQueue, &Link) -> Result<T, AdminError>,
+    ) -> Result<T, AdminError> {
+        let mut admin = self.lock_running();
+        let outcome = send(&mut admin.queue, &self.link);
+        drop(admin);
+        self.report(outcome)
+    }
+
+    /// Passes an admin command's outcome on, and the fault in it to the controller's health.
+    pub(crate) fn report<T>(&self, outcome: Result<T, AdminError>) -> Result<T, AdminError> {
+        if let Err(AdminError::Failed(fault)) = &outcome {
+            self.fail(fault.clone());
+        }
+        outcome
+    }
+
+    /// Keeps the fault, and wakes every queue and the keeper.
     pub(crate) fn fail(&self, fault: Fault) {
-        let text = fault.to_string();
-        if self.link.health.fail(fault) {
-            tracing::error!(device = %self.name, fault = %text, "controller failed");
-        }
-        self.drive_stop();
-        wake_all(&self.lock_admin());
-    }
-
-    /// Moves a stopping controller on, without blocking for long. Called by every queue that waits for it.
-    pub(crate) fn drive_stop(&self) {
-        if self.link.health.life() != Life::Stopping {
-            return;
-        }
-        let mut stop = self.stop.lock().unwrap_or_else(PoisonError::into_inner);
-        let deadline = match *stop {
-            Some(deadline) => deadline,
-            None => {
-                // If the write is lost, the controller stays ready and the deadline decides.
-                let _ = self.link.request_stop();
-                *stop.insert(self.link.stop_deadline(self.info.cap))
-            }
+        let curable = match self.options.recovery {
+            Recovery::Automatic if fault.is_curable() => Curable::Yes,
+            _ => Curable::No,
         };
-        let late = self.link.timing.now() >= deadline;
-        if self.link.stopped() {
-            self.link.health.apply(LifeEvent::Quiet);
-        } else if late {
-            self.settle_without_proof();
+        let text = fault.to_string();
+        if self.link.health.fail(fault, curable) {
+            if curable == Curable::Yes {
+                tracing::warn!(device = %self.name, fault = %text, "controller will be reset");
+            } else {
+                tracing::error!(device = %self.name, fault = %text, "controller failed");
+            }
+            self.wake_queues();
+            self.desk.ring();
         }
     }
 
-    fn settle_without_proof(&self) {
-        match self.link.transport.revoke_dma() {
-            Ok(()) => self.link.health.apply(LifeEvent::Quiet),
-            Err(error) => {
-                tracing::error!(device = %self.name, %error, "the controller does not stop: its memory is not reused");
-                self.link.health.apply(LifeEvent::Stuck);
-            }
+    pub(crate) fn wake_queues(&self) {
+        let sleepers = self.sleepers.lock().unwrap_or_else(PoisonError::into_inner);
+        for sleeper in sleepers.iter().filter_map(Weak::upgrade) {
+            wake::signal(&sleeper);
         }
+    }
+
+    fn shut_down(&self) -> Result<(), HandshakeError> {
+        let mut admin = self.lock_admin();
+        if self.link.health.life().is_final() || !self.link.health.fail(Fault::ShutDown, Curable::No) {
+            return Ok(());
+        }
+        let notified = self.link.notify_shutdown(shutdown_timeout(self.info.raw.rtd3e.get()));
+        self.recover(&mut admin);
+        notified
     }
 
     /// Takes a queue number, and makes the controller know the queue.
@@ -351,248 +416,146 @@ impl Controller {
         slots: u16,
         interrupt: impl FnOnce(QueueId) -> Result<QueueInterrupt, QueueError>,
         waker: Option<&Arc<OwnedFd>>,
-    ) -> Result<Queue, QueueError> {
-        let mut admin = self.lock_admin();
+    ) -> Result<(Queue, Arc<Lane>), QueueError> {
+        let mut admin = self.lock_running();
         let number = admin.free_queues.pop_first().ok_or_else(|| QueueError::NoQueueLeft {
             device: self.name.clone(),
             granted: self.granted_queues,
         })?;
         let id = QueueId::new(number);
-        match interrupt(id).and_then(|interrupt| self.create_on_device(&mut admin, id, slots, interrupt)) {
-            Ok(queue) => {
-                admin.wakers.retain(|waker| waker.strong_count() > 0);
-                admin.wakers.extend(waker.map(Arc::downgrade));
-                Ok(queue)
+        let attached = interrupt(id).and_then(|interrupt| {
+            let (queue, lane) = self.make_queue(id, slots, interrupt, waker)?;
+            let created = self.create_on_device(&mut admin, &lane);
+            if matches!(created, Err(AdminError::Failed(_))) {
+                admin.kept.extend(queue.memory());
             }
-            Err(error) => {
-                admin.free_queues.insert(number);
-                Err(error)
-            }
+            created.map_err(QueueError::from)?;
+            Ok((queue, lane))
+        });
+        if attached.is_err() {
+            admin.free_queues.insert(number);
         }
+        drop(admin);
+        if let Err(QueueError::Admin(AdminError::Failed(fault))) = &attached {
+            self.fail(fault.clone());
+        }
+        let mut sleepers = self.sleepers.lock().unwrap_or_else(PoisonError::into_inner);
+        sleepers.retain(|sleeper| sleeper.strong_count() > 0);
+        sleepers.extend(waker.map(Arc::downgrade));
+        attached
     }
 
-    fn create_on_device(
+    fn make_queue(
         &self,
-        admin: &mut Admin,
         id: QueueId,
         slots: u16,
         interrupt: QueueInterrupt,
-    ) -> Result<Queue, QueueError> {
+        waker: Option<&Arc<OwnedFd>>,
+    ) -> Result<(Queue, Arc<Lane>), QueueError> {
         let cap = self.info.cap;
         let shape = QueueShape::for_depth(id, slots, u32::from(cap.mqes_z()) + 1, cap.dstrd());
-        let queue = Queue::new(Arc::clone(&self.link.transport), shape)?;
+        let queue = Queue::new(Arc::clone(&self.link.transport), shape, self.shadow.as_ref())?;
         let mut create_cq = SubmissionEntry::create_io_cq(id, (shape.cq_entries - 1) as u16, interrupt);
         create_cq.prp1.set(queue.cq_iova());
         let mut create_sq = SubmissionEntry::create_io_sq(id, (shape.sq_entries - 1) as u16, id);
         create_sq.prp1.set(queue.sq_iova());
-        let created = admin.queue.execute(&self.link, create_cq).and_then(|_| {
-            admin.queue.execute(&self.link, create_sq).inspect_err(|error| {
-                if matches!(error, AdminError::Status { .. }) {
-                    let undone = admin.queue.execute(&self.link, SubmissionEntry::delete_io_cq(id));
-                    if undone.is_err() {
-                        admin.kept.extend(queue.memory());
-                    }
-                }
-            })
-        });
-        match created {
-            Ok(_) => Ok(queue),
-            Err(error) => {
-                if matches!(error, AdminError::Failed(_)) {
-                    admin.kept.extend(queue.memory());
-                }
-                Err(error.into())
-            }
-        }
+        Ok((queue, Arc::new(Lane::new(id, create_cq, create_sq, waker.cloned(), self.link.health.pulse()))))
+    }
+
+    /// Creates both queues of a lane. If the second is refused, the first is deleted again.
+    pub(crate) fn create_on_device(&self, admin: &mut Admin, lane: &Lane) -> Result<(), AdminError> {
+        let link = &self.link;
+        admin.queue.execute(link, lane.create_cq)?;
+        admin.queue.execute(link, lane.create_sq).map_err(|error| match error {
+            AdminError::Failed(_) => error,
+            // If it cannot be deleted, it may still be written to: that is a failure.
+            AdminError::Status { .. } => match admin
+                .queue
+                .execute(link, SubmissionEntry::delete_io_cq(lane.id))
+            {
+                Ok(_) => error,
+                Err(AdminError::Failed(fault)) => AdminError::Failed(fault),
+                Err(AdminError::Status { .. }) => AdminError::Failed(Fault::CannotDelete { queue: lane.id }),
+            },
+        })?;
+        admin.live.insert(lane.id.get());
+        Ok(())
+    }
+
+    /// Deletes both queues of a lane, which ends every command on them.
+    pub(crate) fn delete_on_device(
+        &self,
+        admin: &mut Admin,
+        id: QueueId,
+        timeout: Duration,
+    ) -> Result<(), AdminError> {
+        let link = &self.link;
+        admin.queue.execute_within(link, SubmissionEntry::delete_io_sq(id), timeout)?;
+        admin.queue.execute_within(link, SubmissionEntry::delete_io_cq(id), timeout)?;
+        admin.live.remove(&id.get());
+        Ok(())
     }
 
     /// Takes a queue away from the controller. On success no command of it is outstanding any more and its memory may
     /// be released; otherwise its memory is kept for as long as the controller.
-    pub(crate) fn detach_queue(&self, queue: &Queue, extra: &[Arc<dyn DmaRegion>]) -> Result<(), AdminError> {
-        let mut admin = self.lock_admin();
-        let id = queue.id();
-        let deleted = admin
-            .queue
-            .execute(&self.link, SubmissionEntry::delete_io_sq(id))
-            .and_then(|_| admin.queue.execute(&self.link, SubmissionEntry::delete_io_cq(id)));
-        match deleted {
-            Ok(_) => {
-                admin.free_queues.insert(id.get());
-                Ok(())
+    pub(crate) fn detach_queue(
+        &self,
+        lane: &Arc<Lane>,
+        queue: &Queue,
+        extra: &[Arc<dyn DmaRegion>],
+    ) -> Result<(), AdminError> {
+        let mut admin = self.lock_running();
+        self.desk.withdraw(lane);
+        let deleted = if admin.live.contains(&lane.id.get()) {
+            self.delete_on_device(&mut admin, lane.id, ADMIN_TIMEOUT)
+        } else {
+            // The controller was reset and never told of it again, or it is quiet, or nobody can say.
+            match self.link.health.life() {
+                Life::Abandoned => {
+                    Err(AdminError::Failed(self.link.health.cause().unwrap_or(Fault::ShutDown)))
+                }
+                _ => Ok(()),
             }
-            Err(error) => {
+        };
+        match &deleted {
+            Ok(()) => {
+                admin.free_queues.insert(lane.id.get());
+            }
+            Err(_) => {
                 admin.kept.extend(queue.memory());
                 admin.kept.extend(extra.iter().map(Arc::clone));
-                Err(error)
             }
         }
+        drop(admin);
+        self.report(deleted)
     }
 }
 
 impl Drop for Controller {
     fn drop(&mut self) {
-        if let Err(error) = self.shutdown() {
-            tracing::warn!(device = %self.name, %error, "shutdown incomplete");
+        let shared = &self.shared;
+        shared.desk.close();
+        if let Some(keeper) = self.keeper.take() {
+            // A panicked thread has reported itself.
+            let _ = keeper.join();
         }
-        let deadline = self.link.stop_deadline(self.info.cap);
-        // A controller that failed may still be stopping: its memory goes with us, so wait for the proof.
-        while self.link.health.life() == Life::Stopping && self.link.timing.now() < deadline {
-            self.drive_stop();
-            self.link.timing.pause(std::time::Duration::from_micros(100));
+        if let Err(error) = shared.shut_down() {
+            tracing::warn!(device = %shared.name, %error, "shutdown incomplete");
         }
-        if matches!(self.link.health.life(), Life::Stopping | Life::Abandoned) {
-            let admin = self.admin.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let mut admin = shared.lock_admin();
+        // A controller that failed may not have been stopped yet: its memory goes with us, so wait for the proof.
+        shared.recover(&mut admin);
+        if shared.link.health.life() == Life::Abandoned {
             // Leaked on purpose: the device may write to it until the process ends.
             std::mem::forget(std::mem::take(&mut admin.kept));
             admin.queue.leak();
+            std::mem::forget(shared.shadow.as_ref().map(ShadowMemory::memory));
         }
     }
 }
 
-fn wake_all(admin: &Admin) {
-    for waker in admin.wakers.iter().filter_map(Weak::upgrade) {
-        wake::signal(&waker);
-    }
-}
-
-enum Problem {
-    Handshake(HandshakeError),
-    Transport(TransportError),
-    Admin(AdminError),
-    Identity(IdentityError),
-}
-
-impl Problem {
-    fn named(self, device: String) -> BringUpError {
-        match self {
-            Problem::Handshake(source) => BringUpError::Handshake { device, source },
-            Problem::Transport(source) => BringUpError::Transport { device, source },
-            Problem::Admin(source) => BringUpError::Admin { device, source },
-            Problem::Identity(source) => BringUpError::Identity { device, source },
-        }
-    }
-}
-
-macro_rules! problem_from {
-    ($($Variant:ident($Error:ty)),*) => {
-        $(impl From<$Error> for Problem {
-            fn from(error: $Error) -> Self {
-                Problem::$Variant(error)
-            }
-        })*
-    };
-}
-problem_from!(
-    Handshake(HandshakeError),
-    Transport(TransportError),
-    Admin(AdminError),
-    Identity(IdentityError)
-);
-
-struct BringUp<'a> {
-    link: &'a Link,
-    options: &'a ControllerOptions,
-}
-
-struct Found {
-    admin: AdminQueue,
-    info: ControllerInfo,
-    namespaces: Vec<NamespaceEntry>,
-    granted: u16,
-}
-
-impl BringUp<'_> {
-    fn run(&self) -> Result<Found, Problem> {
-        let (cap, version) = self.link.capabilities()?;
-        self.link.disable(cap)?;
-        let mut admin = AdminQueue::new(self.link, cap.dstrd())?;
-        // The smallest page that the controller offers: DMA memory is contiguous anyway, and data starts on any of them.
-        let page_shift = 12 + cap.mpsmin();
-        let found = self
-            .link
-            .enable(cap, page_shift, admin.addresses())
-            .map_err(Problem::from)
-            .and_then(|()| self.identify(&mut admin, cap, version, 1 << page_shift));
-        match found {
-            Ok((info, namespaces, granted)) => Ok(Found { admin, info, namespaces, granted }),
-            Err(problem) => {
-                // The admin queue's memory is about to go: the controller must have let go of it.
-                let stopped = self.link.disable(cap);
-                if !matches!(stopped, Ok(()) | Err(HandshakeError::Removed { .. }))
-                    && self.link.transport.revoke_dma().is_err()
-                {
-                    admin.leak();
-                }
-                Err(problem)
-            }
-        }
-    }
-
-    fn identify(
-        &self,
-        admin: &mut AdminQueue,
-        cap: Cap,
-        version: registers::Version,
-        page_size: u32,
-    ) -> Result<(ControllerInfo, Vec<NamespaceEntry>, u16), Problem> {
-        let raw = admin.identify_controller(self.link)?;
-        let info = ControllerInfo::check(cap, version, page_size, raw)?;
-        let mut namespaces = Vec::new();
-        for nsid in self.active_namespaces(admin, &info)? {
-            let raw = admin.identify_namespace(self.link, nsid)?;
-            let checked = Namespace::check(nsid, &raw, info.max_transfer);
-            namespaces.push(NamespaceEntry { nsid, raw, checked });
-        }
-        let granted = self.request_queues(admin, cap)?;
-        Ok((info, namespaces, granted))
-    }
-
-    fn active_namespaces(
-        &self,
-        admin: &mut AdminQueue,
-        info: &ControllerInfo,
-    ) -> Result<Vec<NamespaceId>, Problem> {
-        let mut all: Vec<NamespaceId> = Vec::new();
-        loop {
-            let after = all.last().map_or(NamespaceId::NONE, |last| *last);
-            // Identifiers above 0xfffffffd cannot be asked for (§5.15.2.3).
-            if after.get() >= 0xffff_fffe {
-                return Ok(all);
-            }
-            let page = admin.active_namespaces(self.link, after)?;
-            let ids = page.ids.iter().map(|id| id.get());
-            let found = check_namespace_list(ids, after.get(), info.nn)?;
-            let last_page = found.len() < page.ids.len();
-            all.extend(found);
-            if all.len() > MAX_NAMESPACES {
-                return Err(IdentityError::TooManyNamespaces(MAX_NAMESPACES).into());
-            }
-            if last_page {
-                return Ok(all);
-            }
-        }
-    }
-
-    fn request_queues(&self, admin: &mut AdminQueue, cap: Cap) -> Result<u16, Problem> {
-        let wanted = self.options.queues.unwrap_or(DEFAULT_QUEUES).clamp(1, u16::MAX - 1);
-        let asked = NumberOfQueues::new().with_submission_z(wanted - 1).with_completion_z(wanted - 1);
-        let entry = SubmissionEntry::set_features(FeatureId::NUMBER_OF_QUEUES, asked.into());
-        let granted = NumberOfQueues::from(admin.execute(self.link, entry)?);
-        let queues = u32::from(granted.submission_z().min(granted.completion_z())) + 1;
-        // A controller may grant more than asked for; what was not asked for is not used.
-        let queues = queues.min(u32::from(wanted)) as u16;
-        Ok(queues.min(queues_with_doorbells(self.link.transport.bar_bytes(), cap.dstrd())))
-    }
-}
-
-/// Queue pairs whose doorbells lie within BAR0.
-fn queues_with_doorbells(bar_bytes: u64, dstrd: u8) -> u16 {
-    let end = |queue: u16| doorbell_offset(dstrd, QueueId::new(queue), Doorbell::CompletionHead) + 4;
-    let room = bar_bytes.saturating_sub(registers::DOORBELL_BASE) / (2 * (4 << dstrd));
-    let queues = room.saturating_sub(1).min(u64::from(u16::MAX - 1)) as u16;
-    debug_assert!(queues == 0 || end(queues) <= bar_bytes);
-    queues
-}
+/// Pause of a caller who waits for the keeper to begin.
+const KEEPER_PAUSE: Duration = Duration::from_micros(200);
 
 /// Identify data as bytes, for tools that decode it themselves.
 impl AsRef<[u8]> for ControllerInfo {

@@ -11,10 +11,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nvme_spec::registers::{self, Aqa, Cap, Cc, Csts, Shutdown, Version, shst};
-use reactor::clock::Instant;
 use thiserror::Error;
 
-use crate::fault::Health;
+use crate::fault::{Fault, Health};
 use crate::transport::{Timing, Transport, TransportError};
 
 /// Shortest time given for CSTS.RDY to follow CC.EN: CAP.TO may be 0.
@@ -23,6 +22,8 @@ pub const READY_FLOOR: Duration = Duration::from_secs(5);
 pub const SHUTDOWN_FLOOR: Duration = Duration::from_secs(10);
 /// Longest time given for a shutdown, whatever RTD3E says.
 pub const SHUTDOWN_CEILING: Duration = Duration::from_secs(120);
+/// Time for which a register may read as all ones before the device counts as removed.
+pub const REMOVAL_GRACE: Duration = Duration::from_secs(1);
 /// Looks at a register before the first pause: an embedded controller is ready at once.
 const EAGER_LOOKS: u32 = 16;
 /// First pause between looks; doubles up to [`LONGEST_PAUSE`].
@@ -162,6 +163,26 @@ impl Link {
         Ok(Csts::from(csts))
     }
 
+    /// The fault that CSTS shows, if it shows one. A device that reads as all ones is given [`REMOVAL_GRACE`]: it may be in
+    /// the middle of a reset that somebody else began, and is then to be reset properly.
+    pub(crate) fn check_status(&self) -> Result<(), Fault> {
+        let first = self.status();
+        match first {
+            Ok(csts) if csts.cfs() => return Err(Fault::FatalStatus { csts: csts.into() }),
+            Ok(_) => return Ok(()),
+            Err(HandshakeError::Transport(error)) => return Err(Fault::Transport(error)),
+            Err(_) => {}
+        }
+        let deadline = self.timing.now() + REMOVAL_GRACE;
+        while self.timing.now() < deadline {
+            self.timing.pause(LONGEST_PAUSE);
+            if let Ok(csts) = self.status() {
+                return Err(Fault::FatalStatus { csts: csts.into() });
+            }
+        }
+        Err(Fault::Removed)
+    }
+
     fn configuration(&self) -> Result<Cc, HandshakeError> {
         let cc = self.transport.read32(registers::CC)?;
         if cc == u32::MAX {
@@ -243,26 +264,6 @@ impl Link {
         self.wait_for("CSTS.SHST=2 after CC.SHN=1", timeout, OnFatal::GiveUp, |csts| {
             csts.shst() == shst::COMPLETE
         })
-    }
-
-    /// Clears CC.EN without waiting; [`Self::stopped`] tells when that has had its effect.
-    pub(crate) fn request_stop(&self) -> Result<(), TransportError> {
-        let cc = self.transport.read32(registers::CC)?;
-        self.transport.write32(registers::CC, Cc::from(cc).with_en(false).into())
-    }
-
-    /// Whether the controller is known to touch no memory: not ready, or gone.
-    pub(crate) fn stopped(&self) -> bool {
-        match self.status() {
-            Ok(csts) => !csts.rdy(),
-            Err(HandshakeError::Removed { .. }) => true,
-            Err(_) => false,
-        }
-    }
-
-    /// Time until which a stopping controller is given.
-    pub(crate) fn stop_deadline(&self, cap: Cap) -> Instant {
-        self.timing.now() + ready_timeout(cap)
     }
 }
 

@@ -8,23 +8,28 @@
 //! - `ring`, `slots`, `prp`: arithmetic without memory, tested alone;
 //! - `queue`: a queue pair's memory, doorbells and completion checks;
 //! - [`handshake`], [`identity`], `admin`: bring-up;
-//! - [`fault`]: the first fatal error and what follows it;
+//! - [`fault`]: what goes wrong with a controller, and the life it leads then;
+//! - `keeper`, `recovery`, `lane`: events, aborts and resets, off the threads that do I/O;
 //! - [`controller`], [`queue_pair`]: what users hold.
-//!
-//! Excludes: recovery from a failed controller (it stays failed), PCI and vfio-user transports, SGLs.
 
 mod admin;
+mod bring_up;
 pub mod controller;
+pub mod event;
 pub mod fault;
 pub mod handshake;
 pub mod identity;
+mod keeper;
+mod lane;
 pub mod open;
 mod ops;
 pub mod pci;
 mod prp;
 mod queue;
 pub mod queue_pair;
+mod recovery;
 mod ring;
+mod shadow;
 mod slots;
 pub mod spec_string;
 pub mod stats;
@@ -32,11 +37,15 @@ pub mod transport;
 mod wake;
 
 pub use admin::{ADMIN_TIMEOUT, AdminError};
-pub use controller::{BringUpError, Controller, ControllerOptions, QueueError};
+pub use bring_up::BringUpError;
+pub use controller::{Controller, ControllerOptions, Keeper, QueueError, Recovery};
+pub use event::ControllerEvent;
 pub use fault::{Fault, Life};
 pub use identity::{ControllerInfo, Namespace};
+pub use keeper::ESCALATION_TIMEOUT;
 pub use open::{OpenError, OpenOptions, open};
 pub use pci::PciAddress;
 pub use queue::ProtocolError;
 pub use queue_pair::{Interrupts, LatencyRecording, QueueOptions, QueuePair};
+pub use recovery::REVIVAL_ATTEMPTS;
 pub use spec_string::{DeviceSpec, SpecError};

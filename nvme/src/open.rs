@@ -10,7 +10,8 @@ use nvme_emulator::{
 };
 use thiserror::Error;
 
-use crate::controller::{BringUpError, Controller, ControllerOptions};
+use crate::bring_up::BringUpError;
+use crate::controller::{Controller, ControllerOptions, Keeper, Recovery};
 use crate::spec_string::{DeviceSpec, EmulatedBacking, EmulatedMode, EmulatedSpec, Target};
 use crate::transport::embedded::EmbeddedTransport;
 use crate::transport::{SystemTiming, Timing};
@@ -47,11 +48,19 @@ pub enum OpenError {
 pub struct OpenOptions {
     /// Time, for deadlines.
     pub timing: Arc<dyn Timing>,
+    /// Who looks after the controller.
+    pub keeper: Keeper,
+    /// What follows a fault that a reset may cure.
+    pub recovery: Recovery,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { timing: Arc::new(SystemTiming::default()) }
+        Self {
+            timing: Arc::new(SystemTiming::default()),
+            keeper: Keeper::default(),
+            recovery: Recovery::default(),
+        }
     }
 }
 
@@ -66,7 +75,12 @@ pub fn open(spec: &DeviceSpec, options: OpenOptions) -> Result<Arc<Controller>, 
             let controller = EmulatedController::new(emulator_config(emulated, spec))
                 .map_err(|source| OpenError::Emulator { device: spec.to_string(), source })?;
             let transport = EmbeddedTransport::new(controller, device_name(emulated));
-            let controller_options = ControllerOptions { queues: spec.queues, namespace: spec.namespace };
+            let controller_options = ControllerOptions {
+                queues: spec.queues,
+                namespace: spec.namespace,
+                keeper: options.keeper,
+                recovery: options.recovery,
+            };
             Ok(Controller::bring_up(Arc::new(transport), options.timing, &controller_options)?)
         }
         Target::Pci(_) => unsupported("PCI"),

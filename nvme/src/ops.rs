@@ -9,6 +9,8 @@
 //!
 //! Excludes: commands' encoding, and the queue.
 
+use std::time::Duration;
+
 use reactor::block::{IoError, OpTag};
 use reactor::clock::Instant;
 use reactor::dma::DmaBuffer;
@@ -32,6 +34,21 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
+    /// Whether commands of this kind may be sent again when it is not known whether they took effect: the second time has
+    /// the effect that the first had, or would have had.
+    pub(crate) fn is_repeatable(self) -> bool {
+        match self {
+            Kind::Read
+            | Kind::Write
+            | Kind::WriteDurable
+            | Kind::Flush
+            | Kind::WriteZeroes
+            | Kind::WriteZeroPage
+            | Kind::Deallocate
+            | Kind::Nothing => true,
+        }
+    }
+
     pub(crate) fn latency_class(self) -> LatencyClass {
         match self {
             Kind::Read => LatencyClass::Read,
@@ -56,6 +73,19 @@ pub(crate) struct Op {
     pub(crate) next_offset: u64,
     /// Commands in flight.
     pub(crate) outstanding: u32,
+    /// To be sent again, whole, once nothing is outstanding.
+    pub(crate) repeat: bool,
+    /// First block and blocks of the whole request.
+    lba: u64,
+    blocks: u64,
+    /// Repetitions because of a status.
+    pub(crate) retries: u8,
+    /// Repetitions because of a reset.
+    pub(crate) resets: u8,
+    /// Times that one of its commands was overdue.
+    pub(crate) timeouts: u8,
+    /// Time to wait before it is repeated.
+    pub(crate) delay: Duration,
     pub(crate) error: Option<IoError>,
     /// When it was submitted, if latencies are recorded.
     pub(crate) started: Instant,
@@ -73,9 +103,34 @@ impl Op {
             next_lba: 0,
             next_offset: 0,
             outstanding: 0,
+            repeat: false,
+            lba: 0,
+            blocks: 0,
+            retries: 0,
+            resets: 0,
+            timeouts: 0,
+            delay: Duration::ZERO,
             error: None,
             started: Instant::ZERO,
         }
+    }
+
+    /// A new request: `blocks` blocks from `lba` on, none for a request that needs no command.
+    #[inline]
+    pub(crate) fn begin(&mut self, kind: Kind, lba: u64, blocks: u64) {
+        self.kind = kind;
+        (self.lba, self.blocks) = (lba, blocks);
+        (self.retries, self.resets, self.timeouts) = (0, 0, 0);
+        self.rewind();
+    }
+
+    /// Everything remains to be sent.
+    #[inline]
+    pub(crate) fn rewind(&mut self) {
+        self.repeat = false;
+        self.next_lba = self.lba;
+        self.next_offset = 0;
+        self.blocks_left = self.blocks;
     }
 
     /// Whether nothing remains to be sent or awaited.
@@ -135,6 +190,7 @@ impl Ops {
         op.in_backlog = false;
         op.blocks_left = 0;
         op.outstanding = 0;
+        op.repeat = false;
         self.free.push(index);
         (op.tag, op.error.take().map_or(Ok(()), Err), op.buffer.take())
     }

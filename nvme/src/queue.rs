@@ -26,11 +26,14 @@ use vm_memory::Bytes;
 use zerocopy::IntoBytes;
 
 use crate::ring::{CompletionRing, SubmissionRing};
+use crate::shadow::{ShadowDoorbells, ShadowMemory};
 use crate::slots::{BadCid, Command, CommandSlots};
 use crate::transport::{Transport, TransportError};
 
 /// Completion queue entries beyond the submission queue's: the device may run ahead of a head that is rung late.
 pub(crate) const CQ_SLACK: u32 = 8;
+/// Bytes of memory set to zero at a time.
+const ZEROES_BYTES: usize = 4096;
 
 /// How a controller broke the queue protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -110,13 +113,18 @@ pub(crate) struct Queue {
     sq_doorbell: u64,
     cq_doorbell: u64,
     slots: CommandSlots,
+    shadow: Option<ShadowDoorbells>,
     /// Doorbell writes, for the counters.
     doorbells: u64,
 }
 
 impl Queue {
     /// Allocates the memory of a queue pair. The device is not told.
-    pub(crate) fn new(transport: Arc<dyn Transport>, shape: QueueShape) -> Result<Self, TransportError> {
+    pub(crate) fn new(
+        transport: Arc<dyn Transport>,
+        shape: QueueShape,
+        shadow: Option<&ShadowMemory>,
+    ) -> Result<Self, TransportError> {
         let sq_memory = transport.allocate(shape.sq_entries as usize * SQE_BYTES)?;
         let cq_memory = transport.allocate(shape.cq_entries as usize * CQE_BYTES)?;
         Ok(Self {
@@ -128,9 +136,31 @@ impl Queue {
             sq_doorbell: doorbell_offset(shape.dstrd, shape.id, Doorbell::SubmissionTail),
             cq_doorbell: doorbell_offset(shape.dstrd, shape.id, Doorbell::CompletionHead),
             slots: CommandSlots::new(shape.slots),
+            shadow: shadow.map(|memory| ShadowDoorbells::new(memory, shape)),
             transport,
             doorbells: 0,
         })
+    }
+
+    /// Back to the state of a fresh queue: the device was told to forget it. Everything in flight is forgotten.
+    pub(crate) fn restart(&mut self) {
+        // Zeroes have the phase that a fresh completion ring does not expect.
+        for memory in [&self.sq_memory, &self.cq_memory] {
+            let slice = memory.slice();
+            let zeroes = [0; ZEROES_BYTES];
+            let mut at = 0;
+            while at < slice.len() {
+                let piece = zeroes.len().min(slice.len() - at);
+                slice.write_slice(&zeroes[..piece], at).expect("a piece within the queue's memory");
+                at += piece;
+            }
+        }
+        self.sq = SubmissionRing::new(self.sq.entries());
+        self.cq = CompletionRing::new(self.cq.entries());
+        self.slots.release_all();
+        if let Some(shadow) = &mut self.shadow {
+            shadow.restart();
+        }
     }
 
     pub(crate) fn id(&self) -> QueueId {
@@ -183,8 +213,10 @@ impl Queue {
         if let Some(tail) = self.sq.ring() {
             // Release: the entries before the doorbell that makes the device read them.
             fence(Ordering::Release);
-            self.transport.doorbell(self.sq_doorbell, tail);
-            self.doorbells += 1;
+            if self.shadow.as_mut().is_none_or(|shadow| shadow.submission.publish(tail)) {
+                self.transport.doorbell(self.sq_doorbell, tail);
+                self.doorbells += 1;
+            }
         }
     }
 
@@ -255,8 +287,10 @@ impl Queue {
         if let Some(head) = self.cq.ring() {
             // Release: entries were read before the device may overwrite them.
             fence(Ordering::Release);
-            self.transport.doorbell(self.cq_doorbell, head);
-            self.doorbells += 1;
+            if self.shadow.as_mut().is_none_or(|shadow| shadow.completion.publish(head)) {
+                self.transport.doorbell(self.cq_doorbell, head);
+                self.doorbells += 1;
+            }
         }
     }
 }

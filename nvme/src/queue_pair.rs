@@ -7,12 +7,15 @@
 //! - the I/O path (submit, ring, poll) neither allocates, locks, counts references, reads a register nor calls the system,
 //!   and reads the clock only if latencies are recorded, or every [`WATCH_POLLS`] polls;
 //! - one submission doorbell a [`ring`](BlockDevice::ring), one completion doorbell a poll round;
-//! - an error of the protocol or an overdue command fails the controller; requests then complete with that fault, but only
-//!   once the controller cannot touch their buffers any more, or with a substitute for a buffer that it may touch for ever.
+//! - an error of the protocol ends the controller; an overdue command is aborted, then its queue deleted, then the
+//!   controller reset (`recover`);
+//! - a request completes with a fault, or is repeated, only once the controller cannot touch its buffer any more, or with a
+//!   substitute for a buffer that it may touch for ever.
 //!
-//! Excludes: retries; what the fault of a controller leads to (its [`Life`]).
+//! Excludes: what is done about the controller as a whole (`keeper`, `recovery`).
 
 mod build;
+mod recover;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -28,12 +31,12 @@ use reactor::block::{
     Rejected, Request,
 };
 use reactor::clock::Instant;
-use reactor::dma::{DmaBuffer, DmaPool, DmaRegion, HeapRegion};
+use reactor::dma::{DmaBuffer, DmaPool, DmaRegion};
 
-use crate::admin::timeout_fault;
-use crate::controller::{Controller, QueueError};
-use crate::fault::{Fault, Life};
+use crate::controller::{Controller, Keeper, QueueError, Shared};
+use crate::fault::{Fault, Life, Pulse};
 use crate::identity::Namespace;
+use crate::lane::Lane;
 use crate::ops::{Cutter, Kind, MAX_COUNT_16, Ops};
 use crate::queue::{Queue, Reaped};
 use crate::slots::MAX_SLOTS;
@@ -41,6 +44,8 @@ use crate::stats::{Latencies, QueueCounters, add};
 use crate::transport::Listen;
 use crate::wake::Wake;
 use build::CommandBuilder;
+use recover::{Aborting, Stage};
+pub use recover::{MAX_RESETS, MAX_RETRIES, MAX_TIMEOUTS};
 
 /// Polls between two looks at the clock for overdue commands.
 pub const WATCH_POLLS: u32 = 1024;
@@ -48,6 +53,8 @@ pub const WATCH_POLLS: u32 = 1024;
 pub const MAX_TRANSFER: usize = 64 << 20;
 /// Bytes of one Write Zeroes: controllers may take long for it and MDTS does not bound it.
 const MAX_ZEROES_BYTES: u64 = 32 << 20;
+/// Unit of CRDT1 to 3.
+const RETRY_DELAY_UNIT: Duration = Duration::from_millis(100);
 
 /// Whether a queue's owner can sleep until the device interrupts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +85,7 @@ pub struct QueueOptions {
     pub pool_bytes: usize,
     /// Bytes of the largest command; less if the controller allows less.
     pub max_transfer: usize,
-    /// Time that a command is given before the controller counts as failed.
+    /// Time that a command is given before it is aborted.
     pub command_timeout: Duration,
     /// Interrupts.
     pub interrupts: Interrupts,
@@ -137,10 +144,21 @@ pub struct QueuePair {
     watchdog: Watchdog,
     wake: Option<(Wake, u16)>,
     listening: bool,
+    /// Requests that are repeated after a delay, with the time from which on.
+    delayed: Vec<(Instant, u16)>,
+    /// Delays that the controller asks for by number in a status (CRDT1 to 3, NVMe 1.4 §5.15.2.2).
+    retry_delays: [Duration; 3],
+    stage: Stage,
+    /// The controller's pulse while commands may go out; [`Pulse::NONE`] otherwise.
+    pulse: Pulse,
+    aborting: Option<Aborting>,
     /// The slots were emptied after the controller stopped.
     settled: bool,
+    lane: Arc<Lane>,
+    namespace: Namespace,
     pool: DmaPool,
     pool_region: Arc<dyn DmaRegion>,
+    shared: Arc<Shared>,
     controller: Arc<Controller>,
 }
 
@@ -157,7 +175,8 @@ impl QueuePair {
             return Err(QueueError::Option("the command timeout must not be zero"));
         }
         let info = controller.info();
-        let transport = &controller.link().transport;
+        let shared = controller.shared();
+        let transport = &shared.link.transport;
         let max_transfer = transfer_limit(controller, namespace, options)?;
         let wake = match options.interrupts {
             Interrupts::Enabled if transport.interrupt_vectors() > 0 => {
@@ -179,8 +198,8 @@ impl QueuePair {
         let max_entries = u32::from(info.cap.mqes_z()) + 1;
         let slots = u32::from(options.depth).min(max_entries - 1) as u16;
         let builder = CommandBuilder::new(&**transport, namespace, info, slots, max_transfer)?;
-        let queue = controller.attach_queue(slots, interrupt, wake.as_ref().map(Wake::eventfd))?;
-        let now = controller.link().timing.now();
+        let (queue, lane) = shared.attach_queue(slots, interrupt, wake.as_ref().map(Wake::eventfd))?;
+        let now = shared.link.timing.now();
         let interval = (options.command_timeout / 8).clamp(Duration::from_millis(1), Duration::from_secs(1));
         Ok(Self {
             ops: Ops::new(slots),
@@ -214,10 +233,19 @@ impl QueuePair {
             },
             wake: wake.zip(vector),
             listening: false,
+            delayed: Vec::with_capacity(usize::from(slots)),
+            retry_delays: info.raw.crdt.map(|delay| RETRY_DELAY_UNIT * u32::from(delay.get())),
+            stage: Stage::Running,
+            // If the controller has been reset since the queue was attached, the first look takes care of it.
+            pulse: lane.born,
+            aborting: None,
             settled: false,
+            lane,
+            namespace: namespace.clone(),
             pool: DmaPool::new(Arc::clone(&pool_region)),
             pool_region,
             queue,
+            shared: Arc::clone(shared),
             controller: Arc::clone(controller),
         })
     }
@@ -244,7 +272,7 @@ impl QueuePair {
 
     fn now_if_recording(&self) -> Instant {
         match self.latencies {
-            Some(_) => self.controller.link().timing.now(),
+            Some(_) => self.shared.link.timing.now(),
             None => Instant::ZERO,
         }
     }
@@ -309,7 +337,7 @@ impl QueuePair {
 
     /// Sends as much of an operation as command slots allow; the rest goes to the backlog.
     fn issue(&mut self, index: u16) {
-        while self.queue.slots().has_free() {
+        while self.queue.slots().has_free() && self.pulse != Pulse::NONE {
             let op = self.ops.get(index);
             if op.blocks_left == 0 {
                 return;
@@ -326,6 +354,11 @@ impl QueuePair {
             debug_assert_eq!(taken, slot);
             add(&self.counters.commands, 1);
         }
+        self.defer(index);
+    }
+
+    /// Puts an operation that has blocks left into the backlog, if it is not there.
+    fn defer(&mut self, index: u16) {
         let op = self.ops.get(index);
         if op.blocks_left > 0 && !op.in_backlog {
             op.in_backlog = true;
@@ -335,12 +368,16 @@ impl QueuePair {
 
     /// Sends from the backlog while there are command slots. Returns an operation that ended there.
     fn issue_backlog(&mut self) -> Option<u16> {
-        while self.queue.slots().has_free() {
+        while self.queue.slots().has_free() && self.pulse != Pulse::NONE {
             let index = self.backlog.pop_front()?;
             let op = self.ops.get(index);
             op.in_backlog = false;
             if op.is_done() {
-                return Some(index);
+                let finished = self.finish_or_repeat(index);
+                if finished.is_some() {
+                    return finished;
+                }
+                continue;
             }
             self.issue(index);
         }
@@ -348,17 +385,19 @@ impl QueuePair {
     }
 
     /// Accounts for a completed command. Returns its operation if that is finished.
+    #[inline]
     fn command_completed(&mut self, reaped: Reaped) -> Option<u16> {
         let index = reaped.command.owner;
-        let queue = self.queue.id();
         let op = self.ops.get(index);
         op.outstanding -= 1;
         if !reaped.status.is_success() {
-            let lba = self.first_lbas[usize::from(reaped.command.slot)];
-            let error = io_error(op.kind, queue, lba, reaped.status);
-            op.fail(error);
+            self.command_failed(&reaped);
         }
-        op.is_done().then_some(index)
+        let op = self.ops.get(index);
+        if !op.is_done() {
+            return None;
+        }
+        if op.repeat { self.finish_or_repeat(index) } else { Some(index) }
     }
 
     fn hand_out(&mut self, index: u16, sink: &mut dyn FnMut(Completion)) {
@@ -375,7 +414,7 @@ impl QueuePair {
             add(&self.counters.completed, 1);
         }
         if let Some(latencies) = &self.latencies {
-            let taken = self.controller.link().timing.now().duration_since(started);
+            let taken = self.shared.link.timing.now().duration_since(started);
             latencies.class(kind.latency_class()).record(taken.as_nanos() as u64);
         }
         sink(Completion { tag, result, buffer });
@@ -408,8 +447,11 @@ impl QueuePair {
         }
         self.queue.ring_completions();
         if let Some(fault) = fault {
-            self.controller.fail(fault);
+            self.shared.fail(fault);
             return delivered;
+        }
+        if !self.delayed.is_empty() {
+            self.release_delayed();
         }
         if !self.backlog.is_empty() {
             while let Some(index) = self.issue_backlog() {
@@ -421,73 +463,10 @@ impl QueuePair {
         delivered
     }
 
-    /// One poll round after a fault: hands everything out once the controller cannot touch it.
-    fn failed_round(&mut self, budget: usize, sink: &mut dyn FnMut(Completion)) -> usize {
-        self.controller.drive_stop();
-        let life = self.controller.life();
-        if !matches!(life, Life::Quiet | Life::Abandoned) {
-            return 0;
-        }
-        if !self.settled {
-            self.settled = true;
-            self.queue.slots_mut().release_all();
-            self.backlog.clear();
-            self.done.clear();
-        }
-        let detail = self.fault_text();
-        let mut delivered = 0;
-        while delivered < budget
-            && let Some(index) = self.ops.any_in_use()
-        {
-            let op = self.ops.get(index);
-            op.fail(IoError::DeviceFailed { detail: detail.clone() });
-            if life == Life::Abandoned {
-                op.buffer = op.buffer.take().and_then(substitute);
-            }
-            self.hand_out(index, sink);
-            delivered += 1;
-        }
-        delivered
-    }
-
-    fn fault_text(&self) -> String {
-        self.controller.fault().map_or_else(|| "unknown fault".to_owned(), ToString::to_string)
-    }
-
-    /// Looks for overdue commands, if it is time to.
-    fn watch(&mut self) {
-        self.watchdog.polls_left = WATCH_POLLS;
-        let now = self.controller.link().timing.now();
-        if now < self.watchdog.next_check {
-            return;
-        }
-        self.watchdog.next_check = now + self.watchdog.interval;
-        let mut overdue = None;
-        for (cid, command) in self.queue.slots().commands() {
-            let seen = &mut self.watchdog.seen[usize::from(command.slot)];
-            match seen.since {
-                Some(since) if seen.sequence == command.sequence => {
-                    if now.duration_since(since) >= self.watchdog.timeout {
-                        overdue = Some((cid, command));
-                    }
-                }
-                _ => *seen = Watch { sequence: command.sequence, since: Some(now) },
-            }
-        }
-        let Some((cid, command)) = overdue else { return };
-        let op = self.ops.get(command.owner);
-        op.error.get_or_insert(IoError::Timeout);
-        let opcode = build::opcode(op.kind).0;
-        // The place of abort and reset: until they exist, an overdue command ends the controller.
-        let fault =
-            timeout_fault(self.controller.link(), self.queue.id(), cid, opcode, self.watchdog.timeout);
-        self.controller.fail(fault);
-    }
-
     fn stop_listening(&mut self) {
         self.listening = false;
         if let Some((_, vector)) = &self.wake {
-            self.controller.link().transport.listen(*vector, Listen::Off);
+            self.shared.link.transport.listen(*vector, Listen::Off);
         }
     }
 }
@@ -502,8 +481,9 @@ impl BlockDevice for QueuePair {
     }
 
     fn submit(&mut self, tag: OpTag, request: Request) -> Result<(), Rejected> {
-        if !self.controller.link().health.is_running() {
-            let error = IoError::DeviceFailed { detail: self.fault_text() };
+        if self.shared.link.health.pulse() != self.pulse
+            && let Err(error) = self.pause_or_fail()
+        {
             return Err(Rejected { request, reason: RejectReason::Error(error) });
         }
         let (kind, lba, blocks) = match self.plan(&request) {
@@ -517,10 +497,7 @@ impl BlockDevice for QueuePair {
         let index = self.ops.take().expect("a free operation was just seen");
         let op = self.ops.get(index);
         op.tag = tag;
-        op.kind = kind;
-        op.next_lba = lba;
-        op.next_offset = 0;
-        op.blocks_left = if kind == Kind::Nothing { 0 } else { blocks };
+        op.begin(kind, lba, if kind == Kind::Nothing { 0 } else { blocks });
         op.started = started;
         op.buffer = match request {
             Request::Read { buffer, .. } | Request::Write { buffer, .. } => Some(buffer),
@@ -543,8 +520,8 @@ impl BlockDevice for QueuePair {
         if self.listening {
             self.stop_listening();
         }
-        if !self.controller.link().health.is_running() {
-            return self.failed_round(budget, sink);
+        if self.shared.link.health.pulse() != self.pulse {
+            return self.transition_round(budget, sink);
         }
         self.watchdog.polls_left -= 1;
         if self.watchdog.polls_left == 0 {
@@ -567,12 +544,11 @@ impl BlockDevice for QueuePair {
         }
         if let Some((wake, vector)) = &self.wake {
             wake.arm((self.ops.in_use() > 0).then_some(self.watchdog.interval));
-            self.controller.link().transport.listen(*vector, Listen::On);
+            self.shared.link.transport.listen(*vector, Listen::On);
             self.listening = true;
         }
         // Looked at after the interrupt was let through: what arrived before is found here, what comes later interrupts.
-        let failed = !self.controller.link().health.is_running();
-        !self.done.is_empty() || self.queue.has_completion() || failed && self.ops.in_use() > 0
+        !self.done.is_empty() || self.queue.has_completion() || self.transition_due()
     }
 }
 
@@ -580,12 +556,7 @@ impl Drop for QueuePair {
     fn drop(&mut self) {
         let mut kept = self.builder.memory();
         kept.push(Arc::clone(&self.pool_region));
-        let released = match self.controller.life() {
-            Life::Quiet => true,
-            Life::Running | Life::Stopping | Life::Abandoned => {
-                self.controller.detach_queue(&self.queue, &kept).is_ok()
-            }
-        };
+        let released = self.shared.detach_queue(&self.lane, &self.queue, &kept).is_ok();
         while let Some(index) = self.ops.any_in_use() {
             let (_, _, buffer) = self.ops.release(index);
             if let Some(buffer) = buffer.filter(|_| !released) {
@@ -620,25 +591,7 @@ fn io_error(kind: Kind, queue: QueueId, lba: u64, status: Status) -> IoError {
     if of_medium { IoError::Medium { lba, detail } } else { IoError::Command { detail } }
 }
 
-/// A buffer that the device cannot reach, with the contents of one that it may write to for ever, which is never reused.
-fn substitute(buffer: DmaBuffer) -> Option<DmaBuffer> {
-    let copied = HeapRegion::new(buffer.len().next_power_of_two().max(4096))
-        .ok()
-        .and_then(|region| DmaPool::new(region).try_alloc(buffer.len()));
-    let copied = copied.map(|mut copy| {
-        let mut chunk = [0; 4096];
-        let mut at = 0;
-        while at < buffer.len() {
-            let n = chunk.len().min(buffer.len() - at);
-            buffer.read_at(at, &mut chunk[..n]);
-            copy.write_at(at, &chunk[..n]);
-            at += n;
-        }
-        copy
-    });
-    buffer.quarantine();
-    copied
-}
-
+#[cfg(test)]
+mod recovery_tests;
 #[cfg(test)]
 mod tests;

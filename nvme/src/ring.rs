@@ -44,6 +44,11 @@ impl SubmissionRing {
         Self { entries, tail: 0, pushed: 0, rung_tail: 0, rung: 0 }
     }
 
+    /// Entries that the ring was made with.
+    pub(crate) fn entries(&self) -> u32 {
+        self.entries
+    }
+
     /// Whether the device must be told before another entry is pushed.
     pub(crate) fn must_ring(&self) -> bool {
         self.pushed.wrapping_sub(self.rung) == self.entries - 1
@@ -100,6 +105,11 @@ impl CompletionRing {
     pub(crate) fn new(entries: u32) -> Self {
         assert!((MIN_ENTRIES..=MAX_ENTRIES).contains(&entries), "queue of {entries} entries");
         Self { entries, head: 0, phase: true, unrung: false }
+    }
+
+    /// Entries that the ring was made with.
+    pub(crate) fn entries(&self) -> u32 {
+        self.entries
     }
 
     /// Index of the next entry.

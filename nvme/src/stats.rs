@@ -28,6 +28,10 @@ pub struct QueueCounters {
     pub(crate) bytes_written: AtomicU64,
     /// Doorbell writes of both queues.
     pub(crate) doorbells: AtomicU64,
+    /// Times that a request was sent again, because of a status or a reset.
+    pub(crate) retried: AtomicU64,
+    /// Commands that were overdue.
+    pub(crate) timeouts: AtomicU64,
 }
 
 /// Adds to a counter that only this thread writes.
@@ -53,6 +57,10 @@ pub struct QueueCounts {
     pub bytes_written: u64,
     /// Doorbell writes of both queues.
     pub doorbells: u64,
+    /// Times that a request was sent again, because of a status or a reset.
+    pub retried: u64,
+    /// Commands that were overdue.
+    pub timeouts: u64,
 }
 
 impl QueueCounters {
@@ -67,6 +75,8 @@ impl QueueCounters {
             bytes_read: get(&self.bytes_read),
             bytes_written: get(&self.bytes_written),
             doorbells: get(&self.doorbells),
+            retried: get(&self.retried),
+            timeouts: get(&self.timeouts),
         }
     }
 }

@@ -2,13 +2,19 @@
 
 use super::*;
 use crate::fault::Fault;
+use crate::identity::IdentityError;
 use crate::transport::fake::{Fake, Script};
 use nvme_spec::{AdminOpcode, StatusCode};
+use reactor::clock::Instant;
 use std::time::Duration;
+
+fn polled() -> ControllerOptions {
+    ControllerOptions { keeper: Keeper::Polled, ..ControllerOptions::default() }
+}
 
 fn bring_up(fake: &Arc<Fake>) -> Result<Arc<Controller>, BringUpError> {
     let (transport, timing) = (Arc::clone(fake), Arc::clone(&fake.timing));
-    Controller::bring_up(transport, timing, &ControllerOptions::default())
+    Controller::bring_up(transport, timing, &polled())
 }
 
 fn refused(spoil: impl FnOnce(&mut Script)) -> BringUpError {

@@ -1,7 +1,7 @@
-//! Queue pairs against a controller whose completions the test writes.
+//! Queue pairs against a controller whose completions the test writes. Recovery is off: the first fault is the last.
 
 use super::*;
-use crate::controller::ControllerOptions;
+use crate::controller::{ControllerOptions, Recovery};
 use crate::queue::ProtocolError;
 use crate::transport::Timing;
 use crate::transport::fake::{Fake, Script, entry};
@@ -27,7 +27,12 @@ impl Bench {
     fn second(fake: &Arc<Fake>, controller: Option<&Arc<Controller>>, options: &QueueOptions) -> QueuePair {
         let controller = controller.cloned().unwrap_or_else(|| {
             let (transport, timing) = (Arc::clone(fake), Arc::clone(&fake.timing));
-            Controller::bring_up(transport, timing, &ControllerOptions::default()).unwrap()
+            let options = ControllerOptions {
+                keeper: Keeper::Polled,
+                recovery: Recovery::Off,
+                ..ControllerOptions::default()
+            };
+            Controller::bring_up(transport, timing, &options).unwrap()
         });
         controller.create_queue(options).unwrap()
     }
@@ -169,7 +174,7 @@ fn the_first_error_of_a_split_request_stops_the_rest_and_is_reported_with_its_bl
     bench.read(0, 0, 200 * BLOCK);
     bench.queue.ring();
     let commands = bench.commands();
-    let bad = Status::from_code(StatusCode::UNRECOVERED_READ_ERROR);
+    let bad = Status::from_code(StatusCode::UNRECOVERED_READ_ERROR).with_dnr(true);
     bench.fake.complete(1, commands[1].command_id(), bad);
     assert!(bench.poll().is_empty(), "the other command may still write to the buffer");
     assert_eq!(bench.commands().len(), 1, "nothing more is sent");
@@ -222,19 +227,15 @@ fn forged(forge: impl FnOnce(&Bench, nvme_spec::SubmissionEntry) -> CompletionEn
     bench.read(1, 8, BLOCK);
     bench.queue.ring();
     let forged = forge(&bench, bench.commands()[0]);
-    bench.fake.script().stops = false;
     bench.fake.forge(1, forged);
     assert!(bench.poll().is_empty(), "nothing comes back while the controller may write to it");
+    assert_eq!(bench.queue.controller().life(), Life::Stopping);
     let Some(Fault::Protocol { queue, error }) = bench.queue.controller().fault().cloned() else {
         panic!("no protocol fault")
     };
     assert_eq!(queue.get(), 1);
-    assert!(bench.poll().is_empty());
-    assert_eq!(bench.queue.controller().life(), Life::Stopping);
-    // It stops after all.
-    bench.fake.script().stops = true;
-    bench.fake.leave_enabled(false);
     let done = bench.poll_to_the_end();
+    assert_eq!(bench.queue.controller().life(), Life::Quiet);
     assert_eq!(done.len(), 2);
     for done in done {
         assert!(matches!(&done.result, Err(IoError::DeviceFailed { detail }) if detail.contains("queue 1")));

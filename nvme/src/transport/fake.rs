@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 use nvme_spec::identify::{Cns, IdentifyController, IdentifyNamespace, NamespaceList, Oncs};
+use nvme_spec::log::AsyncEvent;
 use nvme_spec::registers::{self, Aqa, Cap, Cc, Csts, Doorbell, doorbell_at, shst};
 use nvme_spec::{AdminOpcode, CommandId, CompletionEntry, Status, StatusCode, SubmissionEntry};
 use reactor::clock::Instant;
@@ -67,6 +68,12 @@ pub(crate) struct Script {
     pub(crate) granted: u32,
     pub(crate) can_revoke: bool,
     pub(crate) vectors: u16,
+    /// An abort of a pending command works.
+    pub(crate) aborts: bool,
+    /// The Changed Namespace List log page.
+    pub(crate) changed: Vec<u32>,
+    /// Function resets that work; each also undoes `stops: false`, `fatal` and `becomes_ready: false`.
+    pub(crate) function_resets: u32,
 }
 
 impl Default for Script {
@@ -97,6 +104,9 @@ impl Default for Script {
             granted: 3 | 3 << 16,
             can_revoke: false,
             vectors: 0,
+            aborts: false,
+            changed: Vec::new(),
+            function_resets: 0,
         }
     }
 }
@@ -127,6 +137,10 @@ struct State {
     /// Writes to CC.
     configurations: Vec<Cc>,
     created_cqs: BTreeMap<u16, (u64, u32)>,
+    /// Event requests held.
+    event_requests: Vec<u16>,
+    /// Every admin command, but for event requests.
+    admin_commands: Vec<SubmissionEntry>,
 }
 
 pub(crate) struct Fake {
@@ -189,12 +203,25 @@ impl Fake {
 
     /// Completes a pending command.
     pub(crate) fn complete(&self, queue: u16, cid: CommandId, status: Status) {
+        self.state().complete(queue, cid, status);
+    }
+
+    /// Completes a held event request.
+    pub(crate) fn raise(&self, event: AsyncEvent) {
         let mut state = self.state();
-        let found = state.queues.get_mut(&queue).unwrap();
-        let index = found.pending.iter().position(|entry| entry.command_id() == cid).unwrap();
-        found.pending.remove(index);
-        let head = found.sq_head as u16;
-        state.post(queue, entry(queue, cid.get(), head), status);
+        let cid = state.event_requests.remove(0);
+        let mut completion = entry(0, cid, state.queues[&0].sq_head as u16);
+        completion.dw0.set(event.into());
+        state.post(0, completion, Status::SUCCESS);
+    }
+
+    pub(crate) fn event_requests(&self) -> usize {
+        self.state().event_requests.len()
+    }
+
+    /// Opcodes of the admin commands so far, without event requests.
+    pub(crate) fn admin_opcodes(&self) -> Vec<AdminOpcode> {
+        self.state().admin_commands.iter().map(|command| AdminOpcode(command.opcode)).collect()
     }
 
     pub(crate) fn complete_all(&self, queue: u16) {
@@ -236,7 +263,10 @@ impl Fake {
             let head = queue.sq_head as u16;
             if id != 0 {
                 queue.pending.push(command);
+            } else if command.opcode == AdminOpcode::ASYNC_EVENT_REQUEST.0 {
+                state.event_requests.push(command.cid.get());
             } else if !script.swallow.contains(&AdminOpcode(command.opcode)) {
+                state.admin_commands.push(command);
                 let (status, dw0) = state.admin(&script, &command);
                 let mut completion = entry(0, command.cid.get(), head);
                 completion.dw0.set(dw0);
@@ -255,6 +285,20 @@ pub(crate) fn entry(queue: u16, cid: u16, sq_head: u16) -> CompletionEntry {
 }
 
 impl State {
+    fn forget(&mut self) {
+        self.queues.clear();
+        self.created_cqs.clear();
+        self.event_requests.clear();
+    }
+
+    fn complete(&mut self, queue: u16, cid: CommandId, status: Status) {
+        let found = self.queues.get_mut(&queue).unwrap();
+        let index = found.pending.iter().position(|entry| entry.command_id() == cid).unwrap();
+        found.pending.remove(index);
+        let head = found.sq_head as u16;
+        self.post(queue, entry(queue, cid.get(), head), status);
+    }
+
     fn region(&self, iova: u64, bytes: usize) -> (Arc<HeapRegion>, usize) {
         let (start, _, region) = self
             .regions
@@ -337,6 +381,21 @@ impl State {
             AdminOpcode::DELETE_IO_SQ => {
                 self.queues.remove(&id).unwrap();
             }
+            AdminOpcode::ABORT => {
+                let (queue, cid) = command.abort_target();
+                let pending = self.queues.get(&queue.get()).map(|found| found.pending.clone());
+                let found = pending.unwrap_or_default().into_iter().any(|entry| entry.command_id() == cid);
+                if !found || !script.aborts {
+                    return (Status::SUCCESS, 1);
+                }
+                self.complete(queue.get(), cid, Status::from_code(StatusCode::ABORT_REQUESTED));
+            }
+            AdminOpcode::GET_LOG_PAGE => {
+                let bytes = (command.log_page().dwords_z as usize + 1) * 4;
+                let mut data: Vec<u8> = script.changed.iter().flat_map(|id| id.to_le_bytes()).collect();
+                data.resize(bytes, 0);
+                self.write(command.prp1.get(), &data);
+            }
             AdminOpcode::DELETE_IO_CQ => {
                 self.created_cqs.remove(&id).unwrap();
             }
@@ -359,7 +418,7 @@ impl State {
         }
         if !cc.en() && was.en() && script.stops {
             self.csts = Csts::new();
-            self.queues.clear();
+            self.forget();
         }
         if cc.en() && cc.shn() != 0 {
             self.csts = self.csts.with_shst(shst::COMPLETE);
@@ -443,6 +502,19 @@ impl Transport for Fake {
     }
 
     fn listen(&self, _: u16, _: Listen) {}
+
+    fn reset_function(&self) -> Result<(), TransportError> {
+        let mut script = self.script();
+        if script.function_resets == 0 {
+            return Err(TransportError::Unsupported("reset the function"));
+        }
+        script.function_resets -= 1;
+        (script.stops, script.becomes_ready, script.fatal) = (true, true, false);
+        let mut state = self.state();
+        (state.cc, state.csts) = (Cc::new(), Csts::new());
+        state.forget();
+        Ok(())
+    }
 
     fn revoke_dma(&self) -> Result<(), TransportError> {
         if self.script().can_revoke { Ok(()) } else { Err(TransportError::Unsupported("revoke DMA")) }

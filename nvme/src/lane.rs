@@ -1,0 +1,116 @@
+//! What an I/O queue's owner and the keeper tell each other about one queue: the owner asks, the keeper answers.
+//!
+//! Owns: [`Lane`] (how the queue is created, and the answer to the owner's last question) and [`Ask`].
+//!
+//! Invariants:
+//! - an owner asks one thing at a time, and marks it [`Answer::Pending`] before the keeper can see the question;
+//! - the keeper answers each question once, or lets it fall when the controller's life has changed since it was asked (then
+//!   the owner sees that change instead).
+//!
+//! *Memory ordering*: an answer is stored with release after what it reports was done on the device; the owner loads it
+//! with acquire before it relies on that.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
+
+use nvme_spec::{CommandId, QueueId, SubmissionEntry};
+
+use crate::fault::Pulse;
+use crate::wake;
+
+/// What an owner wants done by admin command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Errand {
+    /// Abort a command that is overdue.
+    Abort {
+        /// The command.
+        command: CommandId,
+    },
+    /// Delete the queue, to be rid of its commands.
+    Delete {
+        /// The command that is overdue, its opcode and what it was given: for the fault if that does not help either.
+        command: CommandId,
+        opcode: u8,
+        timeout: Duration,
+    },
+    /// Create the queue (again).
+    Create,
+}
+
+/// What became of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Answer {
+    /// Not known yet.
+    Pending = 0,
+    /// The command was aborted; its completion says so (bit 0 of the Abort's result was 0, NVMe 1.4 §5.1).
+    Aborted = 1,
+    /// The command was not aborted: it is unknown to the controller, or beyond abortion.
+    NotAborted = 2,
+    /// The queue is gone, and with it every command that was on it.
+    Deleted = 3,
+    /// The queue exists.
+    Created = 4,
+}
+
+/// One I/O queue, as both sides know it.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    pub(crate) id: QueueId,
+    pub(crate) create_cq: SubmissionEntry,
+    pub(crate) create_sq: SubmissionEntry,
+    /// What a sleeping owner waits on.
+    pub(crate) waker: Option<Arc<OwnedFd>>,
+    /// The controller's pulse when the queue was created first.
+    pub(crate) born: Pulse,
+    answer: AtomicU8,
+}
+
+/// A question on its way to the keeper.
+#[derive(Debug)]
+pub(crate) struct Ask {
+    pub(crate) lane: Arc<Lane>,
+    pub(crate) errand: Errand,
+    /// The controller's pulse when it was asked.
+    pub(crate) pulse: Pulse,
+}
+
+impl Lane {
+    pub(crate) fn new(
+        id: QueueId,
+        create_cq: SubmissionEntry,
+        create_sq: SubmissionEntry,
+        waker: Option<Arc<OwnedFd>>,
+        born: Pulse,
+    ) -> Self {
+        Self { id, create_cq, create_sq, waker, born, answer: AtomicU8::new(Answer::Pending as u8) }
+    }
+
+    /// Forgets the last answer. The owner's, before it asks.
+    pub(crate) fn expect(&self) {
+        // Relaxed: the question travels through a mutex, which orders this before its answer.
+        self.answer.store(Answer::Pending as u8, Ordering::Relaxed);
+    }
+
+    /// The keeper's.
+    pub(crate) fn reply(&self, answer: Answer) {
+        // Release: pairs with the acquire in `answer`.
+        self.answer.store(answer as u8, Ordering::Release);
+        if let Some(waker) = &self.waker {
+            wake::signal(waker);
+        }
+    }
+
+    pub(crate) fn answer(&self) -> Answer {
+        // Acquire: what the keeper did before it replied is visible.
+        match self.answer.load(Ordering::Acquire) {
+            1 => Answer::Aborted,
+            2 => Answer::NotAborted,
+            3 => Answer::Deleted,
+            4 => Answer::Created,
+            _ => Answer::Pending,
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! Shadow doorbells (NVMe 1.4 §5.7, Doorbell Buffer Config): a software controller reads tails and heads from memory, and
+//! says in an event index when it wants a register write all the same.
+//!
+//! Owns: [`ShadowMemory`] (the two buffers that the controller is told of) and [`ShadowDoorbells`] (one queue's places in
+//! them). The admin queue never uses them.
+//!
+//! *Memory ordering*: a value is stored, then a full barrier, then the event index is loaded. The controller stores its event
+//! index, then a full barrier, then loads the value: so at least one side sees the other's store, and no wake-up is lost.
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use nvme_spec::registers::{DOORBELL_BASE, Doorbell, doorbell_offset};
+use reactor::dma::DmaRegion;
+use vm_memory::Bytes;
+
+use crate::queue::QueueShape;
+use crate::transport::{Transport, TransportError};
+
+/// The buffers, one memory page each.
+pub(crate) struct ShadowMemory {
+    values: Arc<dyn DmaRegion>,
+    events: Arc<dyn DmaRegion>,
+    bytes: usize,
+}
+
+impl ShadowMemory {
+    pub(crate) fn new(transport: &dyn Transport, page_size: usize) -> Result<Self, TransportError> {
+        let (values, events) = (transport.allocate(page_size)?, transport.allocate(page_size)?);
+        Ok(Self { values, events, bytes: page_size })
+    }
+
+    /// Addresses of the shadow doorbell buffer and of the event index buffer.
+    pub(crate) fn addresses(&self) -> (u64, u64) {
+        (self.values.iova(), self.events.iova())
+    }
+
+    /// I/O queue pairs whose doorbells have a place in the buffers.
+    pub(crate) fn queues(&self, dstrd: u8) -> u16 {
+        ((self.bytes >> (3 + dstrd)).saturating_sub(1)).min(usize::from(u16::MAX - 1)) as u16
+    }
+
+    /// The memory, to be kept while the device might still use it.
+    pub(crate) fn memory(&self) -> [Arc<dyn DmaRegion>; 2] {
+        [Arc::clone(&self.values), Arc::clone(&self.events)]
+    }
+}
+
+/// One queue's two doorbells.
+pub(crate) struct ShadowDoorbells {
+    pub(crate) submission: ShadowDoorbell,
+    pub(crate) completion: ShadowDoorbell,
+}
+
+/// One doorbell in memory.
+pub(crate) struct ShadowDoorbell {
+    values: Arc<dyn DmaRegion>,
+    events: Arc<dyn DmaRegion>,
+    offset: usize,
+    last: u32,
+}
+
+impl ShadowDoorbells {
+    pub(crate) fn new(memory: &ShadowMemory, shape: QueueShape) -> Self {
+        let doorbell = |which| ShadowDoorbell {
+            values: Arc::clone(&memory.values),
+            events: Arc::clone(&memory.events),
+            offset: (doorbell_offset(shape.dstrd, shape.id, which) - DOORBELL_BASE) as usize,
+            last: 0,
+        };
+        Self {
+            submission: doorbell(Doorbell::SubmissionTail),
+            completion: doorbell(Doorbell::CompletionHead),
+        }
+    }
+
+    /// As after the controller's reset: both values 0.
+    pub(crate) fn restart(&mut self) {
+        for doorbell in [&mut self.submission, &mut self.completion] {
+            doorbell.last = 0;
+            store(&doorbell.values, doorbell.offset, 0);
+            store(&doorbell.events, doorbell.offset, 0);
+        }
+    }
+}
+
+fn store(region: &Arc<dyn DmaRegion>, offset: usize, value: u32) {
+    region
+        .slice()
+        // Release: queue entries before the value that makes a polling controller read them.
+        .store(value.to_le(), offset, Ordering::Release)
+        .expect("queues are limited to those with a place in the buffers");
+}
+
+impl ShadowDoorbell {
+    /// Publishes a tail or head. Returns whether the register has to be written too.
+    pub(crate) fn publish(&mut self, value: u32) -> bool {
+        store(&self.values, self.offset, value);
+        // The store above before the load below: see the module's *Memory ordering*.
+        fence(Ordering::SeqCst);
+        let event: u32 = self
+            .events
+            .slice()
+            .load(self.offset, Ordering::Relaxed)
+            .expect("queues are limited to those with a place in the buffers");
+        let last = std::mem::replace(&mut self.last, value);
+        event_passed(u32::from_le(event), last, value)
+    }
+}
+
+/// Whether going from `last` to `value` passed `event`: the controller wants to be told once `event` is left behind. Indices
+/// wrap at the queue's size, so a lap counts as passing: one write too many does no harm, one too few hangs the queue.
+fn event_passed(event: u32, last: u32, value: u32) -> bool {
+    let (event, last, value) = (event as u16, last as u16, value as u16);
+    value.wrapping_sub(event).wrapping_sub(1) < value.wrapping_sub(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_controller_is_told_exactly_when_its_event_index_is_passed() {
+        assert!(event_passed(0, 0, 1));
+        assert!(!event_passed(5, 0, 5));
+        assert!(event_passed(5, 5, 6));
+        assert!(event_passed(5, 0, 9));
+        assert!(!event_passed(5, 6, 9));
+    }
+
+    #[test]
+    fn every_wrap_of_a_small_queue_is_told_if_the_event_index_is_the_last_value() {
+        for entries in [2u32, 3, 7, 64] {
+            let mut last = 0;
+            for step in 1..=entries * 3 {
+                let value = step % entries;
+                assert!(event_passed(last, last, value), "{last} to {value} of {entries}");
+                last = value;
+            }
+        }
+    }
+}

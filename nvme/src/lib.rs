@@ -5,7 +5,7 @@
 //! on, and every request is answered in bounded time.
 //!
 //! The modules from the wire up:
-//! - `ring`, `slots`, `prp`: arithmetic without memory, tested alone;
+//! - `ring`, `slots`, `prp`, `sgl`: arithmetic without memory, tested alone;
 //! - `queue`: a queue pair's memory, doorbells and completion checks;
 //! - [`handshake`], [`identity`], `admin`: bring-up;
 //! - [`fault`]: what goes wrong with a controller, and the life it leads then;
@@ -29,6 +29,7 @@ mod queue;
 pub mod queue_pair;
 mod recovery;
 mod ring;
+mod sgl;
 mod shadow;
 mod slots;
 pub mod spec_string;
@@ -48,4 +49,5 @@ pub use pci::PciAddress;
 pub use queue::ProtocolError;
 pub use queue_pair::{Interrupts, LatencyRecording, QueueOptions, QueuePair};
 pub use recovery::REVIVAL_ATTEMPTS;
+pub use sgl::DataPointers;
 pub use spec_string::{DeviceSpec, SpecError};

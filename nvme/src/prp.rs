@@ -28,10 +28,10 @@ pub(crate) enum DataPages {
 /// Preallocated memory for one command's list.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ListMemory {
-    /// Address of the first page, a multiple of the page size; the others follow.
+    /// Address of the first entry: of a page, or, if less than a page, so that the list lies within one.
     pub(crate) iova: u64,
-    /// Pages.
-    pub(crate) pages: usize,
+    /// Bytes: a part of a page, or whole pages.
+    pub(crate) bytes: usize,
 }
 
 /// The two entries of a submission queue entry.
@@ -46,23 +46,34 @@ pub(crate) struct Prps {
 pub(crate) enum PrpError {
     #[error("address {iova:#x} is not dword aligned")]
     Misaligned { iova: u64 },
-    #[error("{entries} PRP entries do not fit the list's {pages} pages")]
-    ListTooShort { entries: usize, pages: usize },
+    #[error("{entries} PRP entries do not fit the list's {bytes} bytes")]
+    ListTooShort { entries: usize, bytes: usize },
     #[error("{bytes} bytes at {iova:#x} are empty or wrap around the address space")]
     BadLength { iova: u64, bytes: usize },
 }
 
-/// List pages that any transfer of up to `max_bytes` needs, wherever in a page it starts.
-pub(crate) const fn list_pages(max_bytes: usize, page_size: usize) -> usize {
+/// Bytes of list that any transfer of up to `max_bytes` needs, wherever in a page it starts: whole pages, or, where less
+/// than a page does, a power of two, so that lists of that size one behind the other cross no page.
+pub(crate) const fn list_bytes(max_bytes: usize, page_size: usize) -> usize {
     // An unaligned start adds a page; the first entry sits in the command.
-    list_pages_for_entries(max_bytes.div_ceil(page_size), page_size)
+    let bytes = bytes_for_entries(max_bytes.div_ceil(page_size), page_size);
+    if bytes < page_size { bytes.next_power_of_two() } else { bytes.next_multiple_of(page_size) }
 }
 
-const fn list_pages_for_entries(entries: usize, page_size: usize) -> usize {
-    if entries <= 1 {
+/// Bytes of `entries` list entries with the chain entries between their pages.
+const fn bytes_for_entries(entries: usize, page_size: usize) -> usize {
+    if entries == 0 {
         return 0;
     }
-    (entries - 1).div_ceil(page_size / ENTRY_BYTES - 1)
+    let per_page = page_size / ENTRY_BYTES;
+    // Each page but the last holds one entry less. A full last page needs no chain.
+    let chains = (entries - 1).div_ceil(per_page - 1).saturating_sub(1);
+    (entries + chains) * ENTRY_BYTES
+}
+
+/// Whether the two entries of a command describe the data without a list.
+pub(crate) const fn fits_command(iova: u64, bytes: usize, page_size: usize) -> bool {
+    (iova as usize & (page_size - 1)) + bytes <= 2 * page_size
 }
 
 /// Describes `bytes` of `data`; `store(index, entry)` puts an entry at the `index`th 8 bytes of `list`.
@@ -96,8 +107,8 @@ pub(crate) fn build(
         _ => {}
     }
     let entries = touched - 1;
-    if list_pages_for_entries(entries, page_size) > list.pages {
-        return Err(PrpError::ListTooShort { entries, pages: list.pages });
+    if bytes_for_entries(entries, page_size) > list.bytes {
+        return Err(PrpError::ListTooShort { entries, bytes: list.bytes });
     }
     let per_page = page_size / ENTRY_BYTES;
     let mut at = 0;
@@ -154,10 +165,10 @@ mod tests {
     }
 
     fn build_and_walk(data: DataPages, bytes: usize, page: usize) -> Vec<(u64, usize)> {
-        let memory = ListMemory { iova: LIST, pages: list_pages(bytes, page) };
+        let memory = ListMemory { iova: LIST, bytes: list_bytes(bytes, page) };
         let mut list = BTreeMap::new();
         let prps = build(data, bytes, page, memory, |index, entry| {
-            assert!(index * 8 < memory.pages * page, "entry outside the list");
+            assert!(index * 8 < memory.bytes, "entry outside the list");
             assert!(list.insert(LIST + index as u64 * 8, entry).is_none(), "entry stored twice");
         })
         .unwrap();
@@ -166,7 +177,7 @@ mod tests {
 
     #[test]
     fn up_to_two_pages_store_nothing() {
-        let none = ListMemory { iova: 0, pages: 0 };
+        let none = ListMemory { iova: 0, bytes: 0 };
         let one = build(DataPages::Contiguous { iova: 0x1000 }, 4096, 4096, none, |_, _| panic!());
         assert_eq!(one, Ok(Prps { prp1: 0x1000, prp2: 0 }));
         let two = build(DataPages::Contiguous { iova: 0x1e00 }, 4096, 4096, none, |_, _| panic!());
@@ -176,10 +187,11 @@ mod tests {
     #[test]
     fn a_list_that_ends_with_its_page_is_not_chained() {
         let page = 4096;
-        assert_eq!(list_pages_for_entries(512, page), 1);
-        assert_eq!(list_pages_for_entries(513, page), 2);
-        assert_eq!(list_pages_for_entries(511 + 512, page), 2);
-        assert_eq!(list_pages_for_entries(511 + 513, page), 3);
+        assert_eq!(bytes_for_entries(1, page), 8);
+        assert_eq!(bytes_for_entries(512, page), page);
+        assert_eq!(bytes_for_entries(513, page), page + 16);
+        assert_eq!(bytes_for_entries(511 + 512, page), 2 * page);
+        assert_eq!(bytes_for_entries(511 + 513, page), 2 * page + 16);
         for pages in [512, 513, 514, 1023, 1024, 1025, 5000] {
             let segments = build_and_walk(DataPages::Contiguous { iova: 0x8000 }, pages * page, page);
             assert_eq!(segments.len(), pages);
@@ -187,19 +199,37 @@ mod tests {
     }
 
     #[test]
+    fn short_lists_are_powers_of_two_and_so_cross_no_page() {
+        let page = 65536;
+        assert_eq!(list_bytes(1 << 20, page), 128);
+        assert_eq!(list_bytes(65536, page), 8);
+        assert_eq!(list_bytes(1 << 30, page), 3 * page);
+        assert_eq!(list_bytes(1 << 20, 4096), 2048);
+        assert_eq!(list_bytes(4 << 20, 4096), 3 * 4096);
+    }
+
+    #[test]
+    fn two_pages_fit_a_command() {
+        assert!(fits_command(0x1000, 8192, 4096));
+        assert!(!fits_command(0x1200, 8192, 4096));
+        assert!(fits_command(0x1e00, 4608, 4096));
+        assert!(fits_command(0x1_3000, 0x1_d000, 0x1_0000));
+    }
+
+    #[test]
     fn what_cannot_be_described_is_refused() {
-        let none = ListMemory { iova: 0, pages: 0 };
+        let none = ListMemory { iova: 0, bytes: 0 };
         let at = |iova, bytes| build(DataPages::Contiguous { iova }, bytes, 4096, none, |_, _| {});
         assert_eq!(at(0x1002, 512), Err(PrpError::Misaligned { iova: 0x1002 }));
         assert_eq!(at(0x1000, 0), Err(PrpError::BadLength { iova: 0x1000, bytes: 0 }));
         assert!(matches!(at(u64::MAX - 4095, 8192), Err(PrpError::BadLength { .. })));
-        assert_eq!(at(0x1000, 4096 * 3), Err(PrpError::ListTooShort { entries: 2, pages: 0 }));
+        assert_eq!(at(0x1000, 4096 * 3), Err(PrpError::ListTooShort { entries: 2, bytes: 0 }));
     }
 
     proptest! {
         #[test]
         fn a_controller_finds_exactly_the_data(
-            page_shift in 12usize..15, iova_dwords in 0u64..1 << 20, bytes in 1usize..6 << 20,
+            page_shift in 12usize..17, iova_dwords in 0u64..1 << 20, bytes in 1usize..6 << 20,
         ) {
             let page = 1 << page_shift;
             let iova = 0x4000_0000 + iova_dwords * 4;

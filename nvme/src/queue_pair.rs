@@ -39,6 +39,7 @@ use crate::identity::Namespace;
 use crate::lane::Lane;
 use crate::ops::{Cutter, Kind, MAX_COUNT_16, Ops};
 use crate::queue::{Queue, Reaped};
+use crate::sgl::{DataPointers, Pointing};
 use crate::slots::MAX_SLOTS;
 use crate::stats::{Latencies, QueueCounters, add};
 use crate::transport::Listen;
@@ -91,6 +92,8 @@ pub struct QueueOptions {
     pub interrupts: Interrupts,
     /// Latencies.
     pub latency: LatencyRecording,
+    /// How commands point to their data.
+    pub data_pointers: DataPointers,
 }
 
 impl Default for QueueOptions {
@@ -103,6 +106,7 @@ impl Default for QueueOptions {
             command_timeout: Duration::from_secs(30),
             interrupts: Interrupts::Enabled,
             latency: LatencyRecording::Off,
+            data_pointers: DataPointers::Automatic,
         }
     }
 }
@@ -197,7 +201,9 @@ impl QueuePair {
         };
         let max_entries = u32::from(info.cap.mqes_z()) + 1;
         let slots = u32::from(options.depth).min(max_entries - 1) as u16;
-        let builder = CommandBuilder::new(&**transport, namespace, info, slots, max_transfer)?;
+        let pointing = Pointing::choose(options.data_pointers, info.raw.sgls())
+            .ok_or(QueueError::Option("SGLs were asked for, which the controller does not take"))?;
+        let builder = CommandBuilder::new(&**transport, namespace, info, slots, max_transfer, pointing)?;
         let (queue, lane) = shared.attach_queue(slots, interrupt, wake.as_ref().map(Wake::eventfd))?;
         let now = shared.link.timing.now();
         let interval = (options.command_timeout / 8).clamp(Duration::from_millis(1), Duration::from_secs(1));

@@ -1,7 +1,7 @@
-//! Submission queue entries of a queue pair's commands, with their PRPs.
+//! Submission queue entries of a queue pair's commands, with their data pointers.
 //!
-//! Owns: the memory behind data pointers that is not the caller's: a PRP list for every command slot (also the range list
-//! of a deallocate), and a page of zeroes where the controller lacks Write Zeroes.
+//! Owns: the memory behind data pointers that is not the caller's: a list for every command slot (PRPs, SGL descriptors, or
+//! the ranges of a deallocate), and a page of zeroes where the controller lacks Write Zeroes.
 //!
 //! Invariants: a slot's list is written only while the slot is free, so never under a command in flight.
 
@@ -10,7 +10,8 @@ use std::sync::atomic::Ordering;
 
 use nvme_spec::command::{DeallocateZeroes, DsmRange, ForceUnitAccess};
 use nvme_spec::identify::Oncs;
-use nvme_spec::{NamespaceId, NvmOpcode, SubmissionEntry};
+use nvme_spec::sgl::SGL_DESCRIPTOR_BYTES;
+use nvme_spec::{NamespaceId, NvmOpcode, SglDescriptor, SubmissionEntry};
 use reactor::dma::DmaRegion;
 use vm_memory::Bytes;
 use zerocopy::IntoBytes;
@@ -18,7 +19,11 @@ use zerocopy::IntoBytes;
 use crate::identity::{ControllerInfo, Namespace};
 use crate::ops::{Kind, Op};
 use crate::prp::{self, DataPages, ListMemory};
+use crate::sgl::{self, Piece, Pointing, SegmentMemory, SglAlignment};
 use crate::transport::{Transport, TransportError};
+
+/// Bytes of a slot's list at least: a page of ranges.
+const RANGE_LIST_BYTES: usize = 4096;
 
 /// Builds commands for one namespace.
 pub(super) struct CommandBuilder {
@@ -26,8 +31,10 @@ pub(super) struct CommandBuilder {
     lba_shift: u8,
     page_size: usize,
     zeroes: DeallocateZeroes,
+    pointing: Pointing,
     lists: Arc<dyn DmaRegion>,
-    list_pages: usize,
+    /// Bytes of each slot's list.
+    list_bytes: usize,
     zero_page: Option<Arc<dyn DmaRegion>>,
 }
 
@@ -38,13 +45,23 @@ impl CommandBuilder {
         info: &ControllerInfo,
         slots: u16,
         max_transfer: usize,
+        pointing: Pointing,
     ) -> Result<Self, TransportError> {
         let page_size = info.page_size as usize;
-        // One page at least: a deallocate's range list lives there too.
-        let list_pages = prp::list_pages(max_transfer, page_size).max(1);
         let zero_page = match info.oncs.contains(Oncs::WRITE_ZEROES) {
             true => None,
             false => Some(transport.allocate(page_size)?),
+        };
+        let data_list = match pointing {
+            Pointing::Prp => prp::list_bytes(max_transfer, page_size),
+            // Only zeroes are in many pieces.
+            _ if zero_page.is_some() => sgl::list_bytes(max_transfer.div_ceil(page_size)),
+            _ => 0,
+        };
+        // Powers of two, or whole pages: a list that is shorter than a page lies within one.
+        let list_bytes = match data_list.max(RANGE_LIST_BYTES) {
+            bytes if bytes < page_size => bytes.next_power_of_two(),
+            bytes => bytes.next_multiple_of(page_size),
         };
         let zeroes = if namespace.zeroes_deallocate { DeallocateZeroes::Yes } else { DeallocateZeroes::No };
         Ok(Self {
@@ -52,8 +69,9 @@ impl CommandBuilder {
             lba_shift: namespace.lba_shift,
             page_size,
             zeroes,
-            lists: transport.allocate(usize::from(slots) * list_pages * page_size)?,
-            list_pages,
+            pointing,
+            lists: transport.allocate(usize::from(slots) * list_bytes)?,
+            list_bytes,
             zero_page,
         })
     }
@@ -78,7 +96,7 @@ impl CommandBuilder {
             Kind::WriteZeroPage => {
                 let entry = SubmissionEntry::write(self.nsid, lba, blocks_z, ForceUnitAccess::No);
                 let page = self.zero_page.as_ref().expect("allocated where Write Zeroes is missing");
-                self.with_prps(entry, DataPages::Repeated { page_iova: page.iova() }, blocks, slot)
+                self.with_zeroes(entry, page.iova(), (blocks << self.lba_shift) as usize, slot)
             }
             Kind::WriteZeroes => SubmissionEntry::write_zeroes(self.nsid, lba, blocks_z, self.zeroes),
             Kind::Deallocate => self.deallocate(lba, blocks, slot),
@@ -88,20 +106,82 @@ impl CommandBuilder {
 
     fn with_data(&self, entry: SubmissionEntry, op: &Op, blocks: u64, slot: u16) -> SubmissionEntry {
         let buffer = op.buffer.as_ref().expect("reads and writes have a buffer while they are in use");
-        let iova = buffer.iova() + op.next_offset;
-        self.with_prps(entry, DataPages::Contiguous { iova }, blocks, slot)
+        let bytes = (blocks << self.lba_shift) as usize;
+        self.with_buffer(entry, buffer.iova() + op.next_offset, bytes, slot)
+    }
+
+    /// Points `entry` to contiguous data.
+    #[inline]
+    fn with_buffer(&self, entry: SubmissionEntry, iova: u64, bytes: usize, slot: u16) -> SubmissionEntry {
+        match self.pointing {
+            Pointing::SglForLists(_) if prp::fits_command(iova, bytes, self.page_size) => {
+                self.with_prps(entry, DataPages::Contiguous { iova }, bytes, slot)
+            }
+            Pointing::SglForLists(alignment) | Pointing::Sgl(alignment) => {
+                let piece = Piece { iova, bytes: bytes as u32 };
+                self.with_sgl(entry, 1, std::iter::once(piece), alignment, slot)
+            }
+            Pointing::Prp => self.with_prps(entry, DataPages::Contiguous { iova }, bytes, slot),
+        }
+    }
+
+    /// Points `entry` to `bytes` of zeroes, one page over and over.
+    fn with_zeroes(
+        &self,
+        entry: SubmissionEntry,
+        page_iova: u64,
+        bytes: usize,
+        slot: u16,
+    ) -> SubmissionEntry {
+        let page_size = self.page_size;
+        match self.pointing {
+            Pointing::SglForLists(_) if bytes <= 2 * page_size => {
+                self.with_prps(entry, DataPages::Repeated { page_iova }, bytes, slot)
+            }
+            Pointing::SglForLists(alignment) | Pointing::Sgl(alignment) => {
+                let piece = |n: usize| Piece {
+                    iova: page_iova,
+                    bytes: (bytes - n * page_size).min(page_size) as u32,
+                };
+                let count = bytes.div_ceil(page_size);
+                self.with_sgl(entry, count, (0..count).map(piece), alignment, slot)
+            }
+            Pointing::Prp => self.with_prps(entry, DataPages::Repeated { page_iova }, bytes, slot),
+        }
+    }
+
+    fn with_sgl(
+        &self,
+        mut entry: SubmissionEntry,
+        count: usize,
+        pieces: impl Iterator<Item = Piece>,
+        alignment: SglAlignment,
+        slot: u16,
+    ) -> SubmissionEntry {
+        let first = usize::from(slot) * self.list_bytes;
+        let list = SegmentMemory { iova: self.lists.iova() + first as u64, bytes: self.list_bytes };
+        let descriptor = sgl::build(count, pieces, alignment, list, |index, descriptor: SglDescriptor| {
+            let at = first + index * SGL_DESCRIPTOR_BYTES;
+            // Plain stores: the fence before the doorbell publishes them.
+            self.lists
+                .slice()
+                .write_slice(descriptor.as_bytes(), at)
+                .expect("a slot's list lies within the lists");
+        })
+        .expect("buffers and blocks are dword aligned and lists are sized for the largest command");
+        entry.set_sgl(descriptor);
+        entry
     }
 
     fn with_prps(
         &self,
         mut entry: SubmissionEntry,
         data: DataPages,
-        blocks: u64,
+        bytes: usize,
         slot: u16,
     ) -> SubmissionEntry {
-        let bytes = (blocks << self.lba_shift) as usize;
-        let first = usize::from(slot) * self.list_pages * self.page_size;
-        let list = ListMemory { iova: self.lists.iova() + first as u64, pages: self.list_pages };
+        let first = usize::from(slot) * self.list_bytes;
+        let list = ListMemory { iova: self.lists.iova() + first as u64, bytes: self.list_bytes };
         let prps = prp::build(data, bytes, self.page_size, list, |index, entry| {
             self.lists
                 .slice()
@@ -119,10 +199,18 @@ impl CommandBuilder {
         let mut range = DsmRange::default();
         range.slba.set(lba);
         range.blocks.set(blocks as u32);
-        let at = usize::from(slot) * self.list_pages * self.page_size;
-        self.lists.slice().write_slice(range.as_bytes(), at).expect("a slot's list lies within the lists");
-        let mut entry = SubmissionEntry::deallocate(self.nsid, 0);
-        entry.prp1.set(self.lists.iova() + at as u64);
+        self.with_ranges(SubmissionEntry::deallocate(self.nsid, 0), range.as_bytes(), slot)
+    }
+
+    /// Makes `ranges`, of at most a page, the data of `entry`.
+    fn with_ranges(&self, mut entry: SubmissionEntry, ranges: &[u8], slot: u16) -> SubmissionEntry {
+        let at = usize::from(slot) * self.list_bytes;
+        self.lists.slice().write_slice(ranges, at).expect("a slot's list holds a page of ranges");
+        let iova = self.lists.iova() + at as u64;
+        match self.pointing {
+            Pointing::Sgl(_) => entry.set_sgl(SglDescriptor::data_block(iova, ranges.len() as u32)),
+            Pointing::Prp | Pointing::SglForLists(_) => entry.prp1.set(iova),
+        }
         entry
     }
 }

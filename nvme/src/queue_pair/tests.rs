@@ -10,6 +10,8 @@ use nvme_spec::registers::Doorbell;
 use nvme_spec::{AdminOpcode, CompletionEntry, NvmOpcode};
 use reactor::block::Lba;
 
+mod data_pointers;
+
 const BLOCK: usize = 4096;
 
 struct Bench {

@@ -110,12 +110,9 @@ pub fn emulator_config(spec: &EmulatedSpec, device: &DeviceSpec) -> ControllerCo
             (Backing::File { path: path.clone(), create }, EmulatedMode::Threaded)
         }
     };
-    let mut config = ControllerConfig::with_namespace(NamespaceConfig {
-        nsid: 1,
-        lba_size: spec.lba.map(crate::spec_string::LbaSize::bytes),
-        size_bytes: spec.size,
-        backing,
-    });
+    let mut namespace = NamespaceConfig::new(spec.size, backing);
+    namespace.lba_size = spec.lba.map(crate::spec_string::LbaSize::bytes);
+    let mut config = ControllerConfig::with_namespace(namespace);
     config.mode = match spec.mode.unwrap_or(default_mode) {
         EmulatedMode::Inline => Mode::Inline,
         EmulatedMode::Threaded => {

@@ -56,7 +56,7 @@ fn controller(criterion: &mut Criterion) {
     let dir = tempfile::tempdir().unwrap();
     for (name, mode) in [("image-inline", Mode::Inline), ("image-threaded", threaded(1))] {
         let backing = Backing::File { path: dir.path().join("image"), create: CreateMode::OpenOrCreate };
-        let namespace = NamespaceConfig { nsid: 1, lba_size: None, size_bytes: Some(BLOCKS * 4096), backing };
+        let namespace = NamespaceConfig::new(Some(BLOCKS * 4096), backing);
         let config = ControllerConfig { mode, ..ControllerConfig::with_namespace(namespace) };
         run(criterion, name, config);
     }

@@ -19,8 +19,7 @@ use nvme_spec::log::{AsyncEvent, ErrorEntry, LogPageId};
 use nvme_spec::{AdminOpcode, CompletionEntry, Status, StatusCode, SubmissionEntry};
 
 use crate::controller::{Core, Outcome};
-use crate::dma::{DmaDirection, Payload};
-use crate::io::resolve;
+use crate::dma::DmaDirection;
 use crate::locks::lock;
 use crate::queue::SubmissionQueue;
 use features::Features;
@@ -165,8 +164,9 @@ impl Core {
         entry: &SubmissionEntry,
         bytes: &[u8],
     ) -> Result<(), StatusCode> {
-        resolve(queue, entry, bytes.len() as u64, DmaDirection::ToHost)?;
-        Payload::new(&queue.view, &queue.segments).cursor().put(bytes);
+        let mut data = queue.data_path();
+        data.resolve(entry, bytes.len() as u64, DmaDirection::ToHost)?;
+        data.payload().cursor().put(bytes);
         Ok(())
     }
 

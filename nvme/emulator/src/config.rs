@@ -18,14 +18,20 @@ pub const MAX_NSID: u32 = 0xffff;
 pub const MAX_WORKERS: u16 = 16;
 /// Largest CAP.DSTRD: stride of 4 KiB.
 pub const MAX_DSTRD: u8 = 10;
+/// Largest metadata of a block in bytes.
+pub const MAX_METADATA: u16 = 128;
 /// Largest namespace in bytes: 8 EiB less one, the largest file offset.
 pub const MAX_NAMESPACE_BYTES: u64 = i64::MAX as u64;
 /// Logical block size of an image that is opened without one, if its length allows.
 pub const DEFAULT_LBA_SIZE: u32 = 4096;
 
 /// Optional commands that the controller can serve.
-pub const SUPPORTED_ONCS: Oncs =
-    Oncs::COMPARE.union(Oncs::DATASET_MANAGEMENT).union(Oncs::WRITE_ZEROES).union(Oncs::FEATURE_SAVE);
+pub const SUPPORTED_ONCS: Oncs = Oncs::COMPARE
+    .union(Oncs::DATASET_MANAGEMENT)
+    .union(Oncs::WRITE_ZEROES)
+    .union(Oncs::FEATURE_SAVE)
+    .union(Oncs::VERIFY)
+    .union(Oncs::COPY);
 
 /// How commands are executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +81,35 @@ impl WriteCache {
     pub const MODELLED: Self = Self::Modelled { capacity: 256 << 20 };
 }
 
+/// Fused operations that are offered (Identify Controller, FUSES).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FusedOperations {
+    /// None.
+    Absent,
+    /// Compare and write.
+    CompareAndWrite,
+}
+
+/// Whether the host may keep doorbells in memory (§5.7, §7.13).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShadowDoorbells {
+    /// It must write registers.
+    Absent,
+    /// It may, for I/O queues.
+    Offered,
+}
+
+/// SGLs for the data of I/O commands (Identify Controller, SGLS).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SglSupport {
+    /// PRPs only.
+    Absent,
+    /// Any address and length.
+    Byte,
+    /// Addresses and lengths of data blocks in whole dwords.
+    Dword,
+}
+
 /// What to do if an image does or does not exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CreateMode {
@@ -111,18 +146,28 @@ pub struct NamespaceConfig {
     pub size_bytes: Option<u64>,
     /// Where its bytes rest.
     pub backing: Backing,
+    /// Metadata bytes of each block. With metadata, a namespace is described but its data cannot be read or written:
+    /// such commands get Invalid Namespace or Format. At most 128.
+    pub metadata: u16,
+    /// NOIOB: blocks of the optimal I/O boundary that is reported; 0 for none. Nothing depends on it.
+    pub optimal_boundary: u16,
 }
 
 impl NamespaceConfig {
     /// Namespace 1 of `size_bytes` bytes in memory.
     pub fn memory(size_bytes: u64) -> Self {
-        Self { nsid: 1, lba_size: None, size_bytes: Some(size_bytes), backing: Backing::Memory }
+        Self::new(Some(size_bytes), Backing::Memory)
     }
 
     /// Namespace 1 in the existing image `path`.
     pub fn image(path: impl Into<PathBuf>) -> Self {
         let backing = Backing::File { path: path.into(), create: CreateMode::OpenExisting };
-        Self { nsid: 1, lba_size: None, size_bytes: None, backing }
+        Self::new(None, backing)
+    }
+
+    /// Namespace 1 over `backing`, of `size_bytes` bytes where that must be said.
+    pub fn new(size_bytes: Option<u64>, backing: Backing) -> Self {
+        Self { nsid: 1, lba_size: None, size_bytes, backing, metadata: 0, optimal_boundary: 0 }
     }
 
     /// With the namespace identifier `nsid`.
@@ -132,11 +177,61 @@ impl NamespaceConfig {
         self
     }
 
+    /// With `metadata` bytes of metadata for each block.
+    #[must_use]
+    pub fn with_metadata(mut self, metadata: u16) -> Self {
+        self.metadata = metadata;
+        self
+    }
+
+    /// With an optimal I/O boundary of `blocks` blocks.
+    #[must_use]
+    pub fn with_optimal_boundary(mut self, blocks: u16) -> Self {
+        self.optimal_boundary = blocks;
+        self
+    }
+
     /// With logical blocks of `lba_size` bytes.
     #[must_use]
     pub fn with_lba_size(mut self, lba_size: u32) -> Self {
         self.lba_size = Some(lba_size);
         self
+    }
+
+    /// Checks every field against its limits.
+    ///
+    /// # Errors
+    /// [`EmulatorError::Config`] naming the field.
+    pub fn validate(&self) -> Result<(), EmulatorError> {
+        let nsid = self.nsid;
+        check(
+            (1..=MAX_NSID).contains(&nsid),
+            format!("namespace identifier {nsid}, must be 1 to {MAX_NSID}"),
+        )?;
+        if let Some(lba) = self.lba_size {
+            check(
+                lba.is_power_of_two() && (512..=4096).contains(&lba),
+                format!("namespace {nsid}: lba size {lba}, must be 512, 1024, 2048 or 4096"),
+            )?;
+        }
+        if let Some(bytes) = self.size_bytes {
+            let lba = u64::from(self.lba_size.unwrap_or(512));
+            check(
+                bytes > 0 && bytes <= MAX_NAMESPACE_BYTES && bytes.is_multiple_of(lba),
+                format!("namespace {nsid}: size {bytes} is not a whole number of {lba}-byte blocks"),
+            )?;
+        }
+        check(
+            self.metadata <= MAX_METADATA,
+            format!(
+                "namespace {nsid}: {} bytes of metadata, at most {MAX_METADATA} are possible",
+                self.metadata
+            ),
+        )?;
+        check(
+            self.size_bytes.is_some() || self.backing != Backing::Memory,
+            format!("namespace {nsid}: memory needs a size"),
+        )
     }
 }
 
@@ -161,6 +256,14 @@ pub struct ControllerConfig {
     pub aerl_z: u8,
     /// Optional commands to offer, of [`SUPPORTED_ONCS`].
     pub oncs: Oncs,
+    /// CAP.MPSMIN: memory pages are at least `4096 << mpsmin` bytes, at most `mpsmax`. The unit of MDTS.
+    pub mpsmin: u8,
+    /// SGLs for I/O commands.
+    pub sgls: SglSupport,
+    /// Fused operations. Compare-and-write needs the Compare command in [`oncs`](Self::oncs).
+    pub fused: FusedOperations,
+    /// Shadow doorbells (Doorbell Buffer Config).
+    pub shadow_doorbells: ShadowDoorbells,
     /// The volatile write cache.
     pub write_cache: WriteCache,
     /// Serial number, at most 20 printable ASCII characters.
@@ -186,6 +289,10 @@ impl Default for ControllerConfig {
             to: 20,
             aerl_z: 3,
             oncs: SUPPORTED_ONCS,
+            mpsmin: 0,
+            sgls: SglSupport::Byte,
+            fused: FusedOperations::CompareAndWrite,
+            shadow_doorbells: ShadowDoorbells::Absent,
             write_cache: WriteCache::Host,
             serial: "POLLUX-EMU-0001".into(),
             model: "Pollux embedded NVMe controller".into(),
@@ -206,9 +313,6 @@ impl ControllerConfig {
     /// # Errors
     /// [`EmulatorError::Config`] naming the field.
     pub fn validate(&self) -> Result<(), EmulatorError> {
-        let check = |good: bool, message: String| {
-            if good { Ok(()) } else { Err(EmulatorError::Config(message)) }
-        };
         check(
             (1..=MAX_IO_QUEUES).contains(&self.io_queues),
             format!("io_queues is {}, must be 1 to {MAX_IO_QUEUES}", self.io_queues),
@@ -217,6 +321,10 @@ impl ControllerConfig {
         check(self.mdts <= 16, format!("mdts is {}, must be at most 16", self.mdts))?;
         check(self.dstrd <= MAX_DSTRD, format!("dstrd is {}, must be at most {MAX_DSTRD}", self.dstrd))?;
         check(self.mpsmax <= 4, format!("mpsmax is {}, must be at most 4", self.mpsmax))?;
+        check(
+            self.mpsmin <= self.mpsmax,
+            format!("mpsmin is {}, must be at most mpsmax, {}", self.mpsmin, self.mpsmax),
+        )?;
         check(
             SUPPORTED_ONCS.contains(self.oncs),
             format!("oncs {:#x} has commands that the controller does not serve", self.oncs.bits()),
@@ -248,41 +356,22 @@ impl ControllerConfig {
                 ),
             )?;
         }
-        self.validate_namespaces(&check)
+        self.validate_namespaces()
     }
 
-    fn validate_namespaces(
-        &self,
-        check: &impl Fn(bool, String) -> Result<(), EmulatorError>,
-    ) -> Result<(), EmulatorError> {
+    fn validate_namespaces(&self) -> Result<(), EmulatorError> {
         let count = self.namespaces.len();
         check(count <= MAX_NAMESPACES, format!("{count} namespaces, at most {MAX_NAMESPACES} are possible"))?;
         for (i, namespace) in self.namespaces.iter().enumerate() {
             let nsid = namespace.nsid;
-            check(
-                (1..=MAX_NSID).contains(&nsid),
-                format!("namespace identifier {nsid}, must be 1 to {MAX_NSID}"),
-            )?;
+            namespace.validate()?;
             let twice = self.namespaces[..i].iter().any(|other| other.nsid == nsid);
             check(!twice, format!("namespace {nsid} is given twice"))?;
-            if let Some(lba) = namespace.lba_size {
-                check(
-                    lba.is_power_of_two() && (512..=4096).contains(&lba),
-                    format!("namespace {nsid}: lba size {lba}, must be 512, 1024, 2048 or 4096"),
-                )?;
-            }
-            if let Some(bytes) = namespace.size_bytes {
-                let lba = u64::from(namespace.lba_size.unwrap_or(512));
-                check(
-                    bytes > 0 && bytes <= MAX_NAMESPACE_BYTES && bytes.is_multiple_of(lba),
-                    format!("namespace {nsid}: size {bytes} is not a whole number of {lba}-byte blocks"),
-                )?;
-            }
-            check(
-                namespace.size_bytes.is_some() || namespace.backing != Backing::Memory,
-                format!("namespace {nsid}: memory needs a size"),
-            )?;
         }
         Ok(())
     }
+}
+
+fn check(good: bool, message: String) -> Result<(), EmulatorError> {
+    if good { Ok(()) } else { Err(EmulatorError::Config(message)) }
 }

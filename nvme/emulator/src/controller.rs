@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use nvme_spec::log::{AsyncEvent, LogPageId};
 use nvme_spec::registers::{self, Doorbell};
-use nvme_spec::{CompletionEntry, NamespaceId, Status, StatusCode, SubmissionEntry};
+use nvme_spec::{CompletionEntry, Status, StatusCode, SubmissionEntry};
 
 use crate::admin::AdminState;
 use crate::config::{ControllerConfig, Mode, WriteCache};
@@ -29,10 +29,12 @@ use crate::dma::DmaSpace;
 use crate::error::EmulatorError;
 use crate::faults::FaultPlan;
 use crate::faults::book::FaultBook;
+use crate::gate::Gate;
 use crate::interrupt::{MASK_REGISTER, MASK_VECTOR, Vector, VectorMask};
 use crate::latency::{Clock, Latency};
 use crate::locks::lock;
 use crate::namespace::Namespace;
+use crate::namespaces::NamespaceTable;
 use crate::power_cut::{CutPolicy, CutReport};
 use crate::queue::{CompletionSlot, DoorbellCheck, Posted, SubmissionQueue, SubmissionSlot, bump};
 use crate::registers::{Registers, State};
@@ -210,7 +212,7 @@ impl EmulatedController {
 
     /// Writes that a power cut could lose now.
     pub fn unflushed_writes(&self) -> usize {
-        self.core.namespaces.iter().map(|n| n.store().unflushed()).sum()
+        self.core.namespaces.list().iter().map(|n| n.store().unflushed()).sum()
     }
 
     /// What has happened so far.
@@ -278,8 +280,8 @@ pub(crate) struct Core {
     pub(crate) config: ControllerConfig,
     pub(crate) registers: Registers,
     pub(crate) dma: DmaSpace,
-    /// Ascending by identifier.
-    pub(crate) namespaces: Vec<Namespace>,
+    pub(crate) namespaces: NamespaceTable,
+    pub(crate) gate: Gate,
     pub(crate) submission: Box<[SubmissionSlot]>,
     pub(crate) completion: Box<[CompletionSlot]>,
     pub(crate) vectors: Box<[Vector]>,
@@ -320,12 +322,11 @@ pub(crate) enum Outcome {
 
 impl Core {
     pub(crate) fn new(config: ControllerConfig) -> Result<Self, EmulatorError> {
-        let mut namespaces = config
+        let namespaces = config
             .namespaces
             .iter()
-            .map(|namespace| Namespace::open(namespace, &config))
+            .map(|namespace| Namespace::open(namespace, &config).map(Arc::new))
             .collect::<Result<Vec<_>, _>>()?;
-        namespaces.sort_by_key(Namespace::nsid);
         let pairs = usize::from(config.io_queues) + 1;
         let workers = match config.mode {
             Mode::Threaded(options) => usize::from(options.workers),
@@ -334,7 +335,8 @@ impl Core {
         let core = Self {
             registers: Registers::new(&config),
             dma: DmaSpace::new(),
-            namespaces,
+            namespaces: NamespaceTable::new(namespaces),
+            gate: Gate::default(),
             submission: (0..pairs).map(|_| SubmissionSlot::default()).collect(),
             completion: (0..pairs).map(|_| CompletionSlot::default()).collect(),
             vectors: (0..pairs).map(|_| Vector::default()).collect(),
@@ -364,27 +366,6 @@ impl Core {
 
     pub(crate) fn has_volatile_cache(&self) -> bool {
         self.config.write_cache != WriteCache::Absent
-    }
-
-    /// The namespace with identifier `nsid`, or the status that says why there is none (§6.1).
-    #[inline]
-    pub(crate) fn namespace(&self, nsid: NamespaceId) -> Result<&Namespace, StatusCode> {
-        // Identifiers usually count from 1 without gaps.
-        let guess = nsid.get().wrapping_sub(1) as usize;
-        if let Some(namespace) = self.namespaces.get(guess)
-            && namespace.nsid() == nsid
-        {
-            return Ok(namespace);
-        }
-        if let Ok(index) = self.namespaces.binary_search_by_key(&nsid, Namespace::nsid) {
-            return Ok(&self.namespaces[index]);
-        }
-        let largest = self.namespaces.last().map_or(0, |n| n.nsid().get());
-        Err(if (1..=largest).contains(&nsid.get()) {
-            StatusCode::INVALID_FIELD // inactive
-        } else {
-            StatusCode::INVALID_NAMESPACE_OR_FORMAT
-        })
     }
 
     fn read_register(&self, offset: u64) -> u32 {

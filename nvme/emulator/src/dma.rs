@@ -293,7 +293,8 @@ impl DmaSpace {
     }
 
     pub(crate) fn view(&self) -> DmaView {
-        let mut view = DmaView { space: self.clone(), generation: u64::MAX, table: Arc::default(), last: 0 };
+        let mut view =
+            DmaView { space: self.clone(), generation: u64::MAX, table: Arc::default(), last: 0, sink: None };
         view.refresh();
         view
     }
@@ -355,6 +356,11 @@ impl Drop for MappedRegion {
     }
 }
 
+/// Bytes of a view's sink; longer dropped pieces go there part by part.
+const SINK_BYTES: usize = 64 << 10;
+/// [`Place::region`] of the sink: no table is that long.
+const SINK: usize = usize::MAX;
+
 /// A place in mapped memory that a view resolved; valid until the view is refreshed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
@@ -374,6 +380,8 @@ pub(crate) struct DmaView {
     table: Table,
     /// Region of the last translation: the next one usually falls there too.
     last: usize,
+    /// Where dropped data goes; made when it is first needed.
+    sink: Option<MmapRegion>,
 }
 
 impl DmaView {
@@ -418,16 +426,27 @@ impl DmaView {
 
     /// Device address of a resolved place.
     pub(crate) fn address_of(&self, place: Place) -> u64 {
-        self.table[place.region].iova + place.offset as u64
+        // Dropped data has no address.
+        self.table.get(place.region).map_or(u64::MAX, |region| region.iova + place.offset as u64)
     }
 
     /// The memory at a resolved place.
     #[inline]
     pub(crate) fn slice(&self, place: Place, len: usize) -> VolatileSlice<'_> {
-        self.table[place.region]
-            .pages
+        let region = self.table.get(place.region).map(|region| &region.pages);
+        region
+            .or(self.sink.as_ref())
+            .expect("a place is in a region of the table, or in the sink that was made for it")
             .get_slice(place.offset, len)
             .expect("a place and its length were checked against the region when it was resolved")
+    }
+
+    /// A place that takes up to [`SINK_BYTES`] bytes which nobody will read.
+    pub(crate) fn sink(&mut self) -> Result<Place, Unmapped> {
+        if self.sink.is_none() {
+            self.sink = Some(MmapRegion::new(SINK_BYTES).map_err(|_| Unmapped)?);
+        }
+        Ok(Place { region: SINK, offset: 0 })
     }
 
     /// Copies host memory at `iova` into `dst`.

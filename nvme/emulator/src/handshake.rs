@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 
 use nvme_spec::registers::{Aqa, Cc, Csts, shst};
 
-use crate::config::Mode;
+use crate::config::{FusedOperations, Mode};
 use crate::controller::Core;
 use crate::dma::DmaDirection;
 use crate::faults::RegisterFault;
@@ -86,8 +86,8 @@ impl Core {
         if cc.ams() != 0 {
             return Err("CC.AMS selects an arbitration that is not supported");
         }
-        if cc.mps() > self.config.mpsmax {
-            return Err("CC.MPS is beyond CAP.MPSMAX");
+        if !(self.config.mpsmin..=self.config.mpsmax).contains(&cc.mps()) {
+            return Err("CC.MPS is beyond CAP.MPSMIN and CAP.MPSMAX");
         }
         let aqa = Aqa::from(self.registers.aqa.load(Ordering::Acquire));
         if aqa.asqs_z() == 0 || aqa.acqs_z() == 0 {
@@ -109,7 +109,7 @@ impl Core {
         let page_shift = MIN_PAGE_SHIFT + u32::from(cc.mps());
         let queue = CompletionQueue::new(cq, Some(0), &self.dma);
         self.completion[0].install(&mut lock(&self.completion[0].queue), queue);
-        let queue = SubmissionQueue::new(sq, 0, page_shift, &self.dma);
+        let queue = SubmissionQueue::new(FusedOperations::Absent, sq, 0, page_shift, &self.dma);
         self.submission[0].install(&mut lock(&self.submission[0].queue), queue);
         Ok(())
     }
@@ -143,7 +143,7 @@ impl Core {
         if self.faults.register_fault(RegisterFault::ShutdownNeverCompletes) {
             return;
         }
-        for namespace in &self.namespaces {
+        for namespace in self.namespaces.list().iter() {
             if let Err(status) = namespace.flush() {
                 tracing::error!(nsid = %namespace.nsid(), %status, "flush at shutdown failed");
             }
@@ -198,7 +198,7 @@ impl Core {
         lock(&self.admin).power_returned();
         let mut cut = PowerCut::new(policy);
         let mut report = CutReport::default();
-        for namespace in &self.namespaces {
+        for namespace in self.namespaces.list().iter() {
             report.add(namespace.store().power_cut(&mut cut));
         }
         report

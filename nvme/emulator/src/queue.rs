@@ -20,16 +20,24 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use nvme_spec::completion::PHASE_DWORD_OFFSET;
-use nvme_spec::{CQE_BYTES, CompletionEntry, SQE_BYTES, SubmissionEntry};
+use nvme_spec::{CQE_BYTES, CompletionEntry, SQE_BYTES, StatusCode, SubmissionEntry};
 use vm_memory::Bytes;
 use zerocopy::{FromZeros, IntoBytes};
 
+use crate::config::{FusedOperations, SglSupport};
+use crate::data_pointer::DataPath;
 use crate::dma::{DmaDirection, DmaSpace, DmaView, SegmentList, Unmapped};
 use crate::faults::deferred::{DeferredList, NEVER_NS};
 use crate::faults::diversion::Diversion;
+use crate::gate::WriterFlag;
+use crate::io::{FUSE_FIRST, FUSE_SECOND};
+use crate::namespaces::{NamespaceList, NamespaceTable, NamespaceView};
 
 /// Commands that one queue may have marked for abortion before they are fetched.
 pub(crate) const MAX_MARKED_ABORTS: usize = 64;
+
+/// A tail that no queue has.
+const NO_TAIL: u32 = u32::MAX;
 
 /// Where and how large a ring is.
 #[derive(Clone, Copy, Debug)]
@@ -76,8 +84,12 @@ pub(crate) struct SubmissionSlot {
     kicked: AtomicBool,
     /// When something that waits is due, in the controller's nanoseconds, plus one; 0 if nothing waits.
     due: AtomicU64,
+    /// Tail at which the queue ends with the first half of a fused pair: there is nothing to do until it moves.
+    half_pair_at: AtomicU32,
     pub(crate) queue: Mutex<Option<SubmissionQueue>>,
     pub(crate) stats: QueueStats,
+    /// Its commands are changing a store.
+    pub(crate) writing: WriterFlag,
 }
 
 /// Counters of one queue. Written by whoever holds the queue, except `doorbells`.
@@ -118,7 +130,18 @@ impl SubmissionSlot {
     pub(crate) fn has_work(&self) -> bool {
         self.exists()
             && (self.kicked.load(Ordering::Acquire)
-                || (!self.blocked.load(Ordering::Acquire) && self.tail() != self.head()))
+                || (!self.blocked.load(Ordering::Acquire) && self.has_entries()))
+    }
+
+    fn has_entries(&self) -> bool {
+        let tail = self.tail();
+        tail != self.head() && tail != self.half_pair_at.load(Ordering::Relaxed)
+    }
+
+    fn set_half_pair_at(&self, tail: u32) {
+        if self.half_pair_at.load(Ordering::Relaxed) != tail {
+            self.half_pair_at.store(tail, Ordering::Relaxed);
+        }
     }
 
     /// When the first of what waits is due, if it could be posted.
@@ -161,6 +184,7 @@ impl SubmissionSlot {
         self.blocked.store(false, Ordering::Relaxed);
         self.kicked.store(false, Ordering::Relaxed);
         self.due.store(0, Ordering::Relaxed);
+        self.half_pair_at.store(NO_TAIL, Ordering::Relaxed);
         let entries = queue.ring.entries;
         *place = Some(queue);
         // Release: who sees the queue exist sees its zeroed positions.
@@ -208,10 +232,30 @@ pub(crate) struct SubmissionQueue {
     pub(crate) last_cid: Option<u16>,
     /// Ring indices of waiting commands that are to be aborted when they are reached.
     aborts: Vec<u32>,
+    pub(crate) namespaces: NamespaceView,
+    /// Which pairs are looked for.
+    fused: FusedOperations,
+    /// The second half of the pair whose first half was fetched last.
+    pair: Option<FusedPair>,
+    /// What became of the command that was fetched last, if it is the second half of a pair.
+    second_result: Option<Result<(), StatusCode>>,
+}
+
+/// The rest of a fused pair whose first half was fetched.
+#[derive(Debug)]
+struct FusedPair {
+    second: SubmissionEntry,
+    result: Result<(), StatusCode>,
 }
 
 impl SubmissionQueue {
-    pub(crate) fn new(ring: RingShape, cqid: u16, page_shift: u32, dma: &DmaSpace) -> Self {
+    pub(crate) fn new(
+        fused: FusedOperations,
+        ring: RingShape,
+        cqid: u16,
+        page_shift: u32,
+        dma: &DmaSpace,
+    ) -> Self {
         Self {
             ring,
             cqid,
@@ -224,6 +268,10 @@ impl SubmissionQueue {
             diversion: None,
             last_cid: None,
             aborts: Vec::new(),
+            namespaces: NamespaceView::default(),
+            fused,
+            pair: None,
+            second_result: None,
         }
     }
 
@@ -238,11 +286,87 @@ impl SubmissionQueue {
             return Ok(None);
         }
         self.view.refresh();
-        let entry = self.entry_at(self.head)?;
-        let aborted = !self.aborts.is_empty() && self.take_abort();
+        self.second_result = None;
+        let (entry, mut aborted) = match self.pair.take() {
+            Some(pair) => {
+                self.second_result = Some(pair.result);
+                (pair.second, false)
+            }
+            None => (self.entry_at(self.head)?, false),
+        };
+        if entry.flags.fuse() == FUSE_FIRST && self.fused == FusedOperations::CompareAndWrite {
+            match self.fetch_second(slot)? {
+                Some(second_aborted) => aborted = second_aborted,
+                None => return Ok(None),
+            }
+        }
+        aborted |= !self.aborts.is_empty() && self.take_abort();
         self.head = self.ring.next(self.head);
         slot.head.store(self.head, Ordering::Relaxed);
         Ok(Some((entry, aborted)))
+    }
+
+    /// Looks at the entry after the first half of a pair. `None` if it is still to come; else whether it is marked for
+    /// abortion.
+    #[cold]
+    fn fetch_second(&mut self, slot: &SubmissionSlot) -> Result<Option<bool>, Unmapped> {
+        let (next, tail) = (self.ring.next(self.head), slot.tail());
+        if next == tail {
+            slot.set_half_pair_at(tail);
+            return Ok(None);
+        }
+        slot.set_half_pair_at(NO_TAIL);
+        let second = self.entry_at(next)?;
+        if second.flags.fuse() != FUSE_SECOND {
+            return Ok(Some(false)); // it is no pair
+        }
+        self.pair = Some(FusedPair { second, result: Err(StatusCode::ABORTED_FAILED_FUSED) });
+        Ok(Some(self.aborts.contains(&next)))
+    }
+
+    /// The second half of the pair whose first half was fetched last.
+    pub(crate) fn fused_second(&self) -> Option<SubmissionEntry> {
+        self.pair.as_ref().map(|pair| pair.second)
+    }
+
+    /// Notes what became of it.
+    pub(crate) fn set_fused_result(&mut self, result: Result<(), StatusCode>) {
+        if let Some(pair) = &mut self.pair {
+            pair.result = result;
+        }
+    }
+
+    /// What became of the command that was fetched last, if it is the second half of a pair.
+    pub(crate) fn fused_result(&self) -> Option<Result<(), StatusCode>> {
+        self.second_result
+    }
+
+    /// What executing a command takes: the namespaces as they are now, and the way to its data.
+    #[inline]
+    pub(crate) fn split(
+        &mut self,
+        table: &NamespaceTable,
+        sgls: SglSupport,
+    ) -> (&NamespaceList, DataPath<'_>) {
+        let data = DataPath {
+            view: &mut self.view,
+            segments: &mut self.segments,
+            page_shift: self.page_shift,
+            sgls,
+            diversion: &mut self.diversion,
+        };
+        (self.namespaces.refresh(table), data)
+    }
+
+    /// The way to an admin command's data: PRPs.
+    pub(crate) fn data_path(&mut self) -> DataPath<'_> {
+        DataPath {
+            view: &mut self.view,
+            segments: &mut self.segments,
+            page_shift: self.page_shift,
+            sgls: SglSupport::Absent,
+            diversion: &mut self.diversion,
+        }
     }
 
     fn entry_at(&mut self, index: u32) -> Result<SubmissionEntry, Unmapped> {
@@ -279,7 +403,8 @@ impl SubmissionQueue {
         }
         let tail = slot.tail();
         self.view.refresh();
-        let mut index = self.head;
+        // The second half of a pair whose first half was executed has been executed too.
+        let mut index = if self.pair.is_some() { self.ring.next(self.head) } else { self.head };
         while index != tail && self.aborts.len() < MAX_MARKED_ABORTS {
             match self.entry_at(index) {
                 Ok(entry) if entry.cid.get() == cid && !self.aborts.contains(&index) => {

@@ -98,6 +98,7 @@ impl Registers {
             .with_to(config.to)
             .with_dstrd(config.dstrd)
             .with_css(Cap::CSS_NVM)
+            .with_mpsmin(config.mpsmin)
             .with_mpsmax(config.mpsmax);
         Self {
             cap,

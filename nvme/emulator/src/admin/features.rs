@@ -151,7 +151,11 @@ impl Core {
     fn set_write_cache(&self, value: u32) -> Result<(), StatusCode> {
         let enabled = VolatileWriteCache::from(value).wce();
         self.cache_enabled.store(enabled, Ordering::Relaxed);
-        if enabled { Ok(()) } else { self.namespaces.iter().try_for_each(crate::namespace::Namespace::flush) }
+        if enabled {
+            Ok(())
+        } else {
+            self.namespaces.list().iter().try_for_each(crate::namespace::Namespace::flush)
+        }
     }
 
     /// Temperature Threshold (§5.21.1.4): only the composite sensor exists.
@@ -183,8 +187,8 @@ impl Core {
         check(value & DULBE == 0)?;
         let mut admin = lock(&self.admin);
         if nsid == NamespaceId::BROADCAST {
-            let all = self.namespaces.iter().map(|n| (n.nsid().get(), value));
-            admin.features.error_recovery = all.collect();
+            let all = self.namespaces.list();
+            admin.features.error_recovery = all.iter().map(|n| (n.nsid().get(), value)).collect();
         } else {
             let nsid = self.namespace(nsid)?.nsid();
             admin.features.error_recovery.insert(nsid.get(), value);

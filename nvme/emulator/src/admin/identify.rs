@@ -1,13 +1,15 @@
 //! Identify (§5.15).
 
 use nvme_spec::identify::{
-    Cns, IdentifyController, Lpa, NamespaceIdHeader, NamespaceIdType, NamespaceList, Vwc,
+    Cns, IdentifyController, Lpa, NamespaceIdHeader, NamespaceIdType, NamespaceList, Oncs, Vwc,
 };
 use nvme_spec::{IDENTIFY_BYTES, NamespaceId, StatusCode, SubmissionEntry};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::ERROR_LOG_ENTRIES;
+use crate::config::{FusedOperations, SglSupport};
 use crate::controller::{Core, Outcome};
+use crate::io::ACWU_Z;
 use crate::namespace::Namespace;
 use crate::queue::SubmissionQueue;
 
@@ -26,6 +28,10 @@ const RTD3E_US: u32 = 10_000_000;
 /// WCTEMP and CCTEMP in kelvins.
 const WARNING_TEMPERATURE: u16 = 343;
 const CRITICAL_TEMPERATURE: u16 = 353;
+/// FUSES: compare and write.
+const FUSES_COMPARE_AND_WRITE: u16 = 1;
+/// SGLS: bit bucket descriptors.
+const SGLS_BIT_BUCKET: u32 = 1 << 16;
 /// Largest identifier that an active namespace list can start after.
 const LAST_LIST_START: u32 = 0xffff_fffd;
 
@@ -80,12 +86,25 @@ impl Core {
         data.elpe_z = (ERROR_LOG_ENTRIES - 1) as u8;
         data.wctemp.set(WARNING_TEMPERATURE);
         data.cctemp.set(CRITICAL_TEMPERATURE);
-        let capacity: u128 = self.namespaces.iter().map(|n| u128::from(n.size_bytes())).sum();
+        let namespaces = self.namespaces.list();
+        let capacity: u128 = namespaces.iter().map(|n| u128::from(n.size_bytes())).sum();
         data.tnvmcap.set(capacity);
         data.sqes = SQES;
         data.cqes = CQES;
-        data.nn.set(self.namespaces.last().map_or(0, |n| n.nsid().get()));
+        data.nn.set(namespaces.largest);
         data.oncs.set(config.oncs.bits());
+        if config.fused == FusedOperations::CompareAndWrite {
+            data.fuses.set(FUSES_COMPARE_AND_WRITE);
+            data.acwu_z.set(ACWU_Z);
+        }
+        if config.oncs.contains(Oncs::COPY) {
+            data.cdfs.set(1); // source range format 0
+        }
+        data.sgls.set(match config.sgls {
+            SglSupport::Absent => 0,
+            SglSupport::Byte => 0b01 | SGLS_BIT_BUCKET,
+            SglSupport::Dword => 0b10 | SGLS_BIT_BUCKET,
+        });
         let flush_all = Vwc::FLUSH_ALL_LOW | Vwc::FLUSH_ALL_HIGH;
         data.vwc = if self.has_volatile_cache() { flush_all | Vwc::PRESENT } else { flush_all }.bits();
         let name = format!("nqn.2014-08.org.nvmexpress:{:>04x}{:>04x}{:<20}", 0, 0, config.serial);
@@ -96,7 +115,8 @@ impl Core {
 
     fn active_namespaces(&self, after: NamespaceId) -> NamespaceList {
         let mut list = NamespaceList::new_zeroed();
-        let ids = self.namespaces.iter().map(Namespace::nsid).filter(|id| *id > after);
+        let namespaces = self.namespaces.list();
+        let ids = namespaces.iter().map(Namespace::nsid).filter(|id| *id > after);
         for (slot, id) in list.ids.iter_mut().zip(ids) {
             slot.set(id.get());
         }

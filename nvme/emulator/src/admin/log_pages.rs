@@ -12,8 +12,7 @@ use super::features::TEMPERATURE;
 use super::identify::FIRMWARE_REVISION;
 use super::{ERROR_LOG_ENTRIES, event_type_of};
 use crate::controller::{Core, Outcome};
-use crate::dma::{DmaDirection, Payload};
-use crate::io::resolve;
+use crate::dma::DmaDirection;
 use crate::locks::lock;
 use crate::queue::{QueueStats, SubmissionQueue};
 
@@ -51,10 +50,11 @@ impl Core {
         if wanted.offset > page.len() as u64 || !wanted.offset.is_multiple_of(4) {
             return Err(StatusCode::INVALID_FIELD);
         }
-        resolve(queue, entry, bytes, DmaDirection::ToHost)?;
+        let mut data = queue.data_path();
+        data.resolve(entry, bytes, DmaDirection::ToHost)?;
         let rest = &page[wanted.offset as usize..];
         let given = rest.len().min(bytes as usize);
-        let mut cursor = Payload::new(&queue.view, &queue.segments).cursor();
+        let mut cursor = data.payload().cursor();
         cursor.put(&rest[..given]);
         cursor.put_zeroes(bytes as usize - given);
         if !wanted.retain_event
@@ -85,7 +85,7 @@ impl Core {
         if admin.features.too_hot_or_cold() {
             warning |= CriticalWarning::TEMPERATURE;
         }
-        if self.namespaces.iter().any(|n| n.store().is_read_only()) {
+        if self.namespaces.list().iter().any(|n| n.store().is_read_only()) {
             warning |= CriticalWarning::READ_ONLY;
         }
         let mut page = SmartLog::new_zeroed();

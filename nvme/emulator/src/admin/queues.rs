@@ -94,7 +94,8 @@ impl Core {
         }
         let ring = self.ring_shape(page_shift, entry, SQE_BYTES, DmaDirection::FromHost)?;
         let slot = &self.submission[usize::from(qid)];
-        slot.install(&mut lock(&slot.queue), SubmissionQueue::new(ring, cqid, page_shift, &self.dma));
+        let queue = SubmissionQueue::new(self.config.fused, ring, cqid, page_shift, &self.dma);
+        slot.install(&mut lock(&slot.queue), queue);
         Ok(Outcome::Done(0))
     }
 

@@ -18,7 +18,7 @@ use std::os::fd::AsRawFd;
 
 use vm_memory::VolatileSlice;
 
-use super::{DmaView, Place};
+use super::{DmaView, Place, SINK_BYTES, Unmapped};
 
 /// A page of zeroes to copy from.
 pub(crate) static ZEROES: [u8; 65_536] = [0; 65_536];
@@ -63,6 +63,19 @@ impl SegmentList {
     /// Device address and length of each piece, in transfer order.
     pub(crate) fn addresses<'a>(&'a self, view: &'a DmaView) -> impl Iterator<Item = (u64, usize)> + 'a {
         self.segments.iter().map(|segment| (view.address_of(segment.place), segment.len))
+    }
+
+    /// Appends `len` bytes that are dropped (SGL bit bucket).
+    pub(crate) fn push_dropped(&mut self, view: &mut DmaView, len: usize) -> Result<(), Unmapped> {
+        let place = view.sink()?;
+        let mut left = len;
+        while left > 0 {
+            let piece = left.min(SINK_BYTES);
+            self.segments.push(Segment { place, len: piece });
+            self.bytes += piece;
+            left -= piece;
+        }
+        Ok(())
     }
 
     #[cfg(test)]

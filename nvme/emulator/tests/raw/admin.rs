@@ -56,7 +56,7 @@ fn identify_namespace_knows_active_inactive_and_invalid() {
     assert_eq!((data.nsze.get(), data.ncap.get(), data.nuse.get()), (2048, 2048, 0));
     assert_eq!((data.lbaf[data.format_index()].lbads, data.dlfeat & 7), (9, 1));
     let other = IdentifyNamespace::read_from_bytes(&host.admin_data(identify(2))).unwrap();
-    assert_eq!((other.nsze.get(), other.lbaf[0].lbads), (2048, 12));
+    assert_eq!((other.nsze.get(), other.lbaf[other.format_index()].lbads), (2048, 12));
     assert_ne!(data.nguid, other.nguid);
     assert!(host.admin_data(identify(3)).iter().all(|b| *b == 0));
     let page = host.map(4096);

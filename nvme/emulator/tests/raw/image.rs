@@ -18,7 +18,7 @@ use crate::initiator::{Buffer, Host, NS1, pattern, threaded};
 
 fn image(path: &Path, size: Option<u64>, create: CreateMode) -> ControllerConfig {
     let backing = Backing::File { path: path.to_owned(), create };
-    let namespace = NamespaceConfig { nsid: 1, lba_size: None, size_bytes: size, backing };
+    let namespace = NamespaceConfig::new(size, backing);
     ControllerConfig::with_namespace(namespace)
 }
 
@@ -145,7 +145,7 @@ fn block_size_of_a_reopened_image_follows_its_length() {
         let mut host = open(config).unwrap();
         let data = host.admin_data(SubmissionEntry::identify(Cns::NAMESPACE, NS1));
         let data = IdentifyNamespace::read_from_bytes(&data).unwrap();
-        assert_eq!((data.lbaf[0].lbads, data.nsze.get()), (lbads, bytes >> lbads));
+        assert_eq!((data.lbaf[data.format_index()].lbads, data.nsze.get()), (lbads, bytes >> lbads));
     }
 }
 

@@ -1,7 +1,7 @@
 //! I/O commands through registers and queues alone: data paths, limits, every error status.
 
 use crate::initiator::{Buffer, Host, NS1, PAGE, memory_config, pattern, threaded};
-use nvme_emulator::{ControllerConfig, Mode, NamespaceConfig, WriteCache};
+use nvme_emulator::{ControllerConfig, FusedOperations, Mode, NamespaceConfig, SglSupport, WriteCache};
 use nvme_spec::command::{DeallocateZeroes, DsmRange, ForceUnitAccess};
 use nvme_spec::identify::Oncs;
 use nvme_spec::{NamespaceId, NvmOpcode, StatusCode, SubmissionEntry};
@@ -162,6 +162,8 @@ fn malformed_commands_get_the_statuses_of_the_specification() {
             NamespaceConfig::memory(1 << 20),
             NamespaceConfig::memory(1 << 20).with_nsid(3).with_lba_size(512),
         ],
+        sgls: SglSupport::Absent,
+        fused: FusedOperations::Absent,
         ..ControllerConfig::default()
     };
     let mut host = Host::new(config);
@@ -169,12 +171,16 @@ fn malformed_commands_get_the_statuses_of_the_specification() {
     let buffer = Buffer::new(&host, 4096);
     let good = buffer.attach(read(0, 1));
     io.ok(good);
-    let mut sgl = good;
-    sgl.flags.set_psdt(1);
-    assert_eq!(io.status(sgl), StatusCode::INVALID_FIELD);
-    let mut fused = good;
-    fused.flags.set_fuse(1);
-    assert_eq!(io.status(fused), StatusCode::INVALID_FIELD);
+    for psdt in [1, 3] {
+        let mut sgl = good;
+        sgl.flags.set_psdt(psdt);
+        assert_eq!(io.status(sgl), StatusCode::INVALID_FIELD);
+    }
+    for fuse in [1, 2, 3] {
+        let mut fused = good;
+        fused.flags.set_fuse(fuse);
+        assert_eq!(io.status(fused), StatusCode::INVALID_FIELD);
+    }
     let mut protected = good;
     protected.cdw12.set(protected.cdw12.get() | 1 << 29);
     assert_eq!(io.status(protected), StatusCode::INVALID_FIELD);
@@ -188,7 +194,7 @@ fn malformed_commands_get_the_statuses_of_the_specification() {
         command.nsid.set(nsid);
         assert_eq!(io.status(command), code, "namespace {nsid}");
     }
-    for opcode in [0x04, 0x0c, 0x0d, 0x19, 0x7f, 0xff] {
+    for opcode in [0x04, 0x0d, 0x11, 0x7f, 0xff] {
         let done = io.run(SubmissionEntry { opcode, ..good });
         assert_eq!(done.status().code(), StatusCode::INVALID_OPCODE);
         assert!(done.status().dnr());
@@ -205,6 +211,8 @@ fn commands_that_are_not_offered_are_invalid_opcodes() {
         SubmissionEntry::write_zeroes(NS1, 0, 0, DeallocateZeroes::No),
         SubmissionEntry::deallocate(NS1, 0),
         compare(0, 1),
+        SubmissionEntry { opcode: NvmOpcode::VERIFY.0, ..read(0, 1) },
+        SubmissionEntry { opcode: NvmOpcode::COPY.0, ..read(0, 1) },
     ] {
         assert_eq!(io.status(buffer.attach(command)), StatusCode::INVALID_OPCODE);
     }

@@ -2,10 +2,13 @@
 #![allow(clippy::unwrap_used)] // helpers of tests: a failed unwrap is a failed test
 
 mod admin;
+mod commands;
 mod concurrency;
+mod fused;
 mod image;
 mod initiator;
 mod io;
 mod power_cut;
 mod queues;
 mod reset;
+mod sgl;

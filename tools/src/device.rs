@@ -117,7 +117,11 @@ fn seed() -> u64 {
     SystemClock::new().wall().subsec_nanos().into()
 }
 
-fn open(spec: &DeviceSpec) -> Result<Arc<Controller>, Failure> {
+/// Opens the device and brings its controller up.
+///
+/// # Errors
+/// Why it cannot be opened, and what to do.
+pub fn open(spec: &DeviceSpec) -> Result<Arc<Controller>, Failure> {
     nvme::open(spec, nvme::OpenOptions::default()).map_err(|error| {
         let failure = Failure::new(format!("cannot open the device: {error}"));
         match file(spec) {

@@ -1,25 +1,28 @@
-//! A synthetic load on a raw device.
+//! A synthetic load on raw devices.
 //!
-//! Owns: [`Load`] (what), [`RunningLoad`] (a load in progress on every reactor of a runtime) and [`Measured`] (the
-//! outcome). Each reactor runs as many tasks as requests shall be in flight; a task has one buffer and does one
-//! request after the other. Requests that begin before the warm-up is over are not counted, nor those that end after
-//! the runtime.
+//! Owns: [`Load`] (what), [`RunningLoad`] (a load in progress) and [`Measured`] (the outcome). Each core gets a thread
+//! that polls one queue of every device, without reactors or tasks in between: what is measured is the driver and the
+//! device. Counting begins when the warm-up is over and ends when the time is up; each thread divides by the time that it
+//! measured itself, so that a load that is ended early gives true rates.
 //!
-//! Invariant: every reactor reports, whatever fails: a task that meets `TASK_ERROR_LIMIT` errors gives up.
+//! Invariants:
+//! - every thread reports, whatever fails: a queue that meets [`QUEUE_ERROR_LIMIT`] errors, or a failed device, is given up;
+//! - no thread begins before all are ready.
 //!
-//! Excludes: how the figures are shown.
+//! Excludes: how the figures are shown; the loop itself (`worker`).
 
-use std::cell::{Cell, RefCell};
-use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
-use reactor::block::{Durability, IoError, Lba};
-use reactor::{
-    Context, DmaBuffer, Instant, OneshotReceiver, OneshotSender, ReactorHandle, ReactorId, oneshot,
-};
+use nvme::{Controller, QueueError};
+
+use worker::{Part, QueueOutcome, Worker};
+
+mod worker;
 
 /// Latencies are kept up to this; later ones count as this.
 const LATENCY_LIMIT_NS: u64 = 60_000_000_000;
@@ -27,16 +30,25 @@ const LATENCY_LIMIT_NS: u64 = 60_000_000_000;
 /// Significant decimal digits of latencies.
 const LATENCY_DIGITS: u8 = 3;
 
-/// Errors after which a task gives up.
-const TASK_ERROR_LIMIT: u64 = 100;
+/// Errors after which a queue is given up.
+pub const QUEUE_ERROR_LIMIT: u64 = 1000;
 
 /// Where requests go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pattern {
     /// Anywhere on the device, aligned to the request's size.
     Random,
-    /// One after the other; each reactor begins at its own part of the device.
+    /// One after the other; each queue begins at its own part of the device.
     Sequential,
+}
+
+/// Whether the time of each request is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Latency {
+    /// One clock read for each batch of completions.
+    Record,
+    /// A look at the clock now and then.
+    Ignore,
 }
 
 /// What a load does.
@@ -48,37 +60,93 @@ pub struct Load {
     pub read_percent: u8,
     /// Bytes of a request: a multiple of the device's block size.
     pub block_bytes: u64,
-    /// Requests in flight on each reactor.
+    /// Requests in flight on each queue.
     pub depth: u32,
     /// How long to measure.
     pub runtime: Duration,
     /// How long to run before that.
     pub warmup: Duration,
+    /// Whether latencies are wanted.
+    pub latency: Latency,
+    /// Seed of the places that a random load goes to, and of the data written.
+    pub seed: u64,
 }
 
 /// What came out.
 pub struct Measured {
-    /// Requests that succeeded in the measured time.
-    pub requests: u64,
-    /// Requests that failed.
+    /// By device, in the order given.
+    pub devices: Vec<DeviceFigures>,
+    /// The longest time that a thread measured.
+    pub elapsed: Duration,
+}
+
+/// What came out on one device.
+#[derive(Clone)]
+pub struct DeviceFigures {
+    /// Its name.
+    pub device: String,
+    /// Reads that succeeded.
+    pub read: Figures,
+    /// Writes that succeeded.
+    pub write: Figures,
+    /// Requests that failed, warm-up included.
     pub errors: u64,
     /// What the first of them failed with.
     pub first_error: Option<String>,
-    /// Latencies in nanoseconds.
+}
+
+/// Requests of one kind.
+#[derive(Clone)]
+pub struct Figures {
+    /// How many in the measured time.
+    pub requests: u64,
+    /// How many per second.
+    pub iops: f64,
+    /// Latencies in nanoseconds; empty if they were not recorded.
     pub latency: Histogram<u64>,
-    runtime: Duration,
-    block_bytes: u64,
+}
+
+impl Figures {
+    fn new() -> Self {
+        Self { requests: 0, iops: 0.0, latency: new_histogram() }
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.requests += other.requests;
+        self.iops += other.iops;
+        merge(&mut self.latency, &other.latency);
+    }
+}
+
+impl DeviceFigures {
+    fn new(device: String) -> Self {
+        Self { device, read: Figures::new(), write: Figures::new(), errors: 0, first_error: None }
+    }
+
+    /// Reads and writes together.
+    pub fn both(&self) -> Figures {
+        let mut sum = self.read.clone();
+        sum.add(&self.write);
+        sum
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.read.add(&other.read);
+        self.write.add(&other.write);
+        self.errors += other.errors;
+        self.first_error = self.first_error.take().or_else(|| other.first_error.clone());
+    }
 }
 
 impl Measured {
-    /// Requests per second.
-    pub fn iops(&self) -> f64 {
-        self.requests as f64 / self.runtime.as_secs_f64()
-    }
-
-    /// Bytes per second.
-    pub fn bandwidth(&self) -> f64 {
-        self.iops() * self.block_bytes as f64
+    /// All devices together, under the name of the first.
+    pub fn total(&self) -> DeviceFigures {
+        let name = self.devices.first().map_or_else(String::new, |first| first.device.clone());
+        let mut sum = DeviceFigures::new(name);
+        for device in &self.devices {
+            sum.add(device);
+        }
+        sum
     }
 }
 
@@ -86,24 +154,32 @@ impl Measured {
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// Requests must be multiples of the device's blocks.
-    #[error("requests of {request} bytes do not fit blocks of {block} bytes")]
+    #[error("requests of {request} bytes do not fit the blocks of {block} bytes of {device}")]
     Unaligned {
+        /// The device.
+        device: String,
         /// Bytes of a request.
         request: u64,
         /// Bytes of a block.
         block: u32,
     },
     /// The device is smaller than a request.
-    #[error("the device has {device} bytes, less than a request of {request}")]
+    #[error("{device} has {size} bytes, less than a request of {request}")]
     TooSmall {
-        /// Bytes of the device.
-        device: u64,
+        /// The device.
+        device: String,
+        /// Its bytes.
+        size: u64,
         /// Bytes of a request.
         request: u64,
     },
     /// There is not enough DMA memory.
-    #[error("{depth} buffers of {request} bytes do not fit the queue's {pool} bytes of DMA memory")]
+    #[error(
+        "{depth} buffers of {request} bytes do not fit the {pool} bytes of DMA memory of a queue of {device}"
+    )]
     NoBuffers {
+        /// The device.
+        device: String,
         /// Buffers wanted.
         depth: u32,
         /// Bytes of each.
@@ -111,265 +187,144 @@ pub enum LoadError {
         /// Bytes there are.
         pool: usize,
     },
-    /// The reactor was built without a device.
-    #[error("{0} has no device")]
-    NoDevice(ReactorId),
-    /// A reactor ended or takes no more tasks.
-    #[error("{0} does not run tasks")]
-    ReactorEnded(ReactorId),
+    /// A queue could not be created.
+    #[error("no queue for core {core}: {error}")]
+    Queue {
+        /// The core.
+        core: usize,
+        /// Why.
+        error: QueueError,
+    },
+    /// A thread could not be started.
+    #[error("cannot start a thread for core {core}: {error}")]
+    Thread {
+        /// The core.
+        core: usize,
+        /// The system's word.
+        error: std::io::Error,
+    },
+    /// A thread ended without a report.
+    #[error("the thread of core {0} ended without a report")]
+    Lost(usize),
 }
 
 /// A load in progress.
 pub struct RunningLoad {
-    parts: Vec<RunningPart>,
-    load: Load,
+    threads: Vec<Thread>,
+    stop: Arc<AtomicBool>,
+    devices: Vec<String>,
 }
 
-struct RunningPart {
-    reactor: ReactorId,
+struct Thread {
+    core: usize,
     progress: Arc<Progress>,
-    outcome: OneshotReceiver<Result<Outcome, LoadError>>,
+    handle: JoinHandle<Vec<QueueOutcome>>,
 }
 
-#[derive(Default)]
+/// What a thread tells while it runs.
 struct Progress {
     requests: AtomicU64,
-    finished: AtomicBool,
-}
-
-/// What one reactor measured.
-struct Outcome {
-    latency: Histogram<u64>,
-    requests: u64,
-    errors: u64,
-    first_error: Option<IoError>,
+    /// Latencies since the last look at them.
+    recent: Mutex<Histogram<u64>>,
 }
 
 impl RunningLoad {
-    /// Starts `load` on every one of `reactors`.
+    /// Starts `load` on every one of `devices`, from a thread on each of `cores`.
     ///
     /// # Errors
-    /// A reactor takes no tasks.
-    pub fn start(reactors: &[ReactorHandle], load: &Load) -> Result<Self, LoadError> {
-        let mut parts = Vec::new();
-        for (index, handle) in reactors.iter().enumerate() {
-            let (sender, outcome) = oneshot();
-            let progress = Arc::new(Progress::default());
-            let (load, own) = (load.clone(), progress.clone());
-            let part = Part { index: index as u64, of: reactors.len() as u64 };
-            handle
-                .spawn_with(move |ctx| Job::start(&ctx, load, part, own, sender))
-                .map_err(|_| LoadError::ReactorEnded(handle.id()))?;
-            parts.push(RunningPart { reactor: handle.id(), progress, outcome });
+    /// A thread or a queue could not be made, or the load does not fit a device.
+    pub fn start(devices: &[Arc<Controller>], cores: &[usize], load: &Load) -> Result<Self, LoadError> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (ready, all_ready) = mpsc::channel();
+        let mut begin: Vec<Sender<()>> = Vec::new();
+        let mut threads = Vec::new();
+        for (index, core) in cores.iter().copied().enumerate() {
+            let progress =
+                Arc::new(Progress { requests: AtomicU64::new(0), recent: Mutex::new(new_histogram()) });
+            let (begin_here, may_begin) = mpsc::channel();
+            let plan = worker::Plan {
+                core,
+                part: Part { index: index as u64, of: cores.len() as u64 },
+                devices: devices.to_vec(),
+                load: load.clone(),
+                stop: stop.clone(),
+                progress: progress.clone(),
+            };
+            let ready = ready.clone();
+            let handle = std::thread::Builder::new()
+                .name(format!("perf-{core}"))
+                .spawn(move || {
+                    let made = Worker::new(plan);
+                    let (worker, outcome) = match made {
+                        Ok(worker) => (Some(worker), Ok(())),
+                        Err(error) => (None, Err(error)),
+                    };
+                    // Whoever started the load may have given up; then nobody says begin.
+                    let _unheard = ready.send(outcome);
+                    match (worker, may_begin.recv()) {
+                        (Some(worker), Ok(())) => worker.run(),
+                        _ => Vec::new(),
+                    }
+                })
+                .map_err(|error| LoadError::Thread { core, error })?;
+            begin.push(begin_here);
+            threads.push(Thread { core, progress, handle });
         }
-        Ok(Self { parts, load: load.clone() })
+        drop(ready);
+        for _ in cores {
+            all_ready.recv().map_err(|_| LoadError::Lost(cores[0]))??;
+        }
+        for begin in begin {
+            // A thread that is gone is noticed when it is joined.
+            let _gone = begin.send(());
+        }
+        let devices = devices.iter().map(|device| device.name().to_owned()).collect();
+        Ok(Self { threads, stop, devices })
     }
 
-    /// Requests done so far, warm-up included.
+    /// Requests done so far, warm-up included. Lags behind by a fraction of a second.
     pub fn requests(&self) -> u64 {
         // Figures, ordered with nothing.
-        self.parts.iter().map(|part| part.progress.requests.load(Ordering::Relaxed)).sum()
+        self.threads.iter().map(|thread| thread.progress.requests.load(Ordering::Relaxed)).sum()
     }
 
-    /// Whether every reactor has nothing left to do, be it early.
+    /// Latencies since the last call.
+    pub fn recent_latency(&self) -> Histogram<u64> {
+        let mut recent = new_histogram();
+        for thread in &self.threads {
+            let mut theirs = thread.progress.recent.lock().unwrap_or_else(PoisonError::into_inner);
+            merge(&mut recent, &theirs);
+            theirs.reset();
+        }
+        recent
+    }
+
+    /// Whether every thread has ended, be it early.
     pub fn is_finished(&self) -> bool {
-        // A hint; the outcome comes through its channel.
-        self.parts.iter().all(|part| part.progress.finished.load(Ordering::Relaxed))
+        self.threads.iter().all(|thread| thread.handle.is_finished())
     }
 
-    /// Waits for all reactors and adds up what they measured.
+    /// Asks the threads to end before their time.
+    pub fn end_early(&self) {
+        // A hint that is looked at again and again; ordered with nothing.
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits for all threads and adds up what they measured.
     ///
     /// # Errors
-    /// A reactor could not run the load.
+    /// A thread did not report.
     pub fn finish(self) -> Result<Measured, LoadError> {
-        let mut all = Measured {
-            requests: 0,
-            errors: 0,
-            first_error: None,
-            latency: new_histogram(),
-            runtime: self.load.runtime,
-            block_bytes: self.load.block_bytes,
-        };
-        for part in self.parts {
-            let ended = |_canceled| LoadError::ReactorEnded(part.reactor);
-            let outcome = part.outcome.recv_blocking().map_err(ended)??;
-            all.requests += outcome.requests;
-            all.errors += outcome.errors;
-            all.first_error = all.first_error.or(outcome.first_error.map(|error| error.to_string()));
-            all.latency.add(outcome.latency).expect("all histograms have the same bounds");
-        }
-        Ok(all)
-    }
-}
-
-/// Which part of the device is a reactor's own, for sequential loads.
-#[derive(Clone, Copy)]
-struct Part {
-    index: u64,
-    of: u64,
-}
-
-/// The load of one reactor.
-struct Job {
-    ctx: Context,
-    load: Load,
-    /// Requests' places on the device, and blocks of each.
-    places: u64,
-    blocks_per_request: u64,
-    next: Cell<u64>,
-    measure_from: Instant,
-    end: Instant,
-    outcome: RefCell<Outcome>,
-    running: Cell<u32>,
-    report: RefCell<Option<OneshotSender<Result<Outcome, LoadError>>>>,
-    progress: Arc<Progress>,
-}
-
-impl Job {
-    fn start(
-        ctx: &Context,
-        load: Load,
-        part: Part,
-        progress: Arc<Progress>,
-        report: OneshotSender<Result<Outcome, LoadError>>,
-    ) {
-        match Self::prepare(ctx, load, part, progress) {
-            // Whoever started the load may have given up.
-            Err(error) => drop(report.send(Err(error))),
-            Ok((job, buffers)) => {
-                *job.report.borrow_mut() = Some(report);
-                for buffer in buffers {
-                    let task = job.clone();
-                    if ctx.spawn(async move { task.run(buffer).await }).is_err() {
-                        job.leave();
-                    }
-                }
+        let mut devices: Vec<DeviceFigures> = self.devices.into_iter().map(DeviceFigures::new).collect();
+        let mut elapsed = Duration::ZERO;
+        for thread in self.threads {
+            let outcomes = thread.handle.join().map_err(|_| LoadError::Lost(thread.core))?;
+            for outcome in outcomes {
+                elapsed = elapsed.max(outcome.elapsed);
+                devices[outcome.device].add(&outcome.figures);
             }
         }
-    }
-
-    fn prepare(
-        ctx: &Context,
-        load: Load,
-        part: Part,
-        progress: Arc<Progress>,
-    ) -> Result<(Rc<Self>, Vec<DmaBuffer>), LoadError> {
-        let disk = ctx.try_disk().ok_or(LoadError::NoDevice(ctx.reactor()))?;
-        let geometry = disk.geometry();
-        let (request, block) = (load.block_bytes, geometry.lba_size);
-        if !request.is_multiple_of(u64::from(block)) {
-            return Err(LoadError::Unaligned { request, block });
-        }
-        let places = geometry.size_bytes() / request;
-        if places == 0 {
-            return Err(LoadError::TooSmall { device: geometry.size_bytes(), request });
-        }
-        let bytes = usize::try_from(request).unwrap_or(usize::MAX);
-        let buffers: Option<Vec<DmaBuffer>> = (0..load.depth)
-            .map(|_| {
-                let mut buffer = disk.pool().try_alloc(bytes)?;
-                let noise: Vec<u8> = (0..bytes / 8).flat_map(|_| ctx.random().to_le_bytes()).collect();
-                buffer.write_at(0, &noise);
-                Some(buffer)
-            })
-            .collect();
-        let depth = load.depth;
-        let pool = disk.pool().capacity();
-        let buffers = buffers.ok_or(LoadError::NoBuffers { depth, request, pool })?;
-        let measure_from = ctx.now() + load.warmup;
-        let job = Self {
-            ctx: ctx.clone(),
-            places,
-            blocks_per_request: request / u64::from(block),
-            next: Cell::new(places / part.of * part.index),
-            measure_from,
-            end: measure_from + load.runtime,
-            outcome: RefCell::new(Outcome {
-                latency: new_histogram(),
-                requests: 0,
-                errors: 0,
-                first_error: None,
-            }),
-            running: Cell::new(load.depth),
-            report: RefCell::new(None),
-            progress,
-            load,
-        };
-        Ok((Rc::new(job), buffers))
-    }
-
-    async fn run(&self, mut buffer: DmaBuffer) {
-        let disk = self.ctx.disk().clone();
-        let mut errors = 0;
-        let mut started = self.ctx.now();
-        while started < self.end && errors < TASK_ERROR_LIMIT {
-            let lba = self.place();
-            let result;
-            (result, buffer) = if self.reads_next() {
-                disk.read(lba, buffer).await
-            } else {
-                disk.write(lba, buffer, Durability::Cached).await
-            };
-            let ended = self.ctx.now();
-            errors += u64::from(result.is_err());
-            self.note(started, ended, result);
-            started = ended;
-        }
-        self.leave();
-    }
-
-    fn place(&self) -> Lba {
-        let place = match self.load.pattern {
-            // Multiply and shift instead of a division; the bias is below 2⁻³².
-            Pattern::Random => ((u128::from(self.ctx.random()) * u128::from(self.places)) >> 64) as u64,
-            Pattern::Sequential => {
-                let place = self.next.get();
-                self.next.set(if place + 1 == self.places { 0 } else { place + 1 });
-                place
-            }
-        };
-        Lba::new(place * self.blocks_per_request)
-    }
-
-    fn reads_next(&self) -> bool {
-        match self.load.read_percent {
-            0 => false,
-            100 => true,
-            percent => self.ctx.random() % 100 < u64::from(percent),
-        }
-    }
-
-    fn note(&self, started: Instant, ended: Instant, result: Result<(), IoError>) {
-        // This thread alone writes it, so a load and a store count.
-        let requests = &self.progress.requests;
-        requests.store(requests.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-        let mut outcome = self.outcome.borrow_mut();
-        match result {
-            Err(error) => {
-                outcome.errors += 1;
-                outcome.first_error.get_or_insert(error);
-            }
-            Ok(()) if started >= self.measure_from && ended <= self.end => {
-                outcome.requests += 1;
-                let nanos = u64::try_from((ended - started).as_nanos()).unwrap_or(u64::MAX);
-                outcome.latency.saturating_record(nanos);
-            }
-            Ok(()) => {}
-        }
-    }
-
-    /// One task fewer; the last one reports.
-    fn leave(&self) {
-        self.running.set(self.running.get() - 1);
-        if self.running.get() > 0 {
-            return;
-        }
-        self.progress.finished.store(true, Ordering::Relaxed);
-        if let Some(report) = self.report.borrow_mut().take() {
-            let empty = Outcome { latency: new_histogram(), requests: 0, errors: 0, first_error: None };
-            // Whoever started the load may have given up.
-            let _unheard = report.send(Ok(self.outcome.replace(empty)));
-        }
+        Ok(Measured { devices, elapsed })
     }
 }
 
@@ -377,3 +332,10 @@ fn new_histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, LATENCY_LIMIT_NS, LATENCY_DIGITS)
         .expect("the bounds are constants that work")
 }
+
+fn merge(into: &mut Histogram<u64>, from: &Histogram<u64>) {
+    into.add(from).expect("all histograms have the same bounds");
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,48 +1,55 @@
-//! `pollux perf`: load on the raw device, by the same driver and reactors that the daemon uses.
+//! `pollux perf`: load on raw devices, by the same driver that the daemon uses.
 //!
-//! Owns: options, the safety catch before writes, and the reports. The load itself is [`crate::load`].
+//! Owns: options, the safety catch before writes, progress, and the reports. The load itself is [`crate::load`].
 
 use std::io::IsTerminal;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use nvme::QueueOptions;
-use reactor::ReactorConfig;
-use serde_json::json;
+use nvme::Controller;
+use serde_json::{Map, Value, json};
 
 use super::print_json;
-use crate::device::{self, Device, DeviceSpec, parse_size};
+use crate::device::{self, DeviceSpec, parse_size};
 use crate::failure::{During, Failure};
-use crate::load::{Load, Measured, Pattern, RunningLoad};
+use crate::load::{DeviceFigures, Figures, Latency, Load, LoadError, Measured, Pattern, RunningLoad};
 use crate::output::outln;
 use crate::quantity::{CoreList, parse_cores, parse_seconds, show_nanos, show_rate, show_size};
+use crate::signals::{Alarm, Signals, Woken};
 
-/// Most requests in flight on one core.
+/// Most requests in flight on one queue.
 const DEPTH_LIMIT: u32 = 4096;
-
-/// DMA memory for each byte of buffers: the pool hands out powers of two.
-const POOL_SLACK: u64 = 2;
 
 /// Largest request.
 const BLOCK_LIMIT: u64 = 1 << 20;
 
-/// Measure the raw device: rate, bandwidth, latencies
+/// Time between two lines of progress.
+const LINE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Time between two looks at whether the load has ended.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Measure raw devices: rate, bandwidth, latencies
 #[derive(Args)]
 #[command(after_help = "\
-JSON keys: iops, bw_bytes (bytes per second), lat_ns {min, mean, p50, p99, p999, max}, errors; rw, bs, iodepth, cores,
-runtime_s, device say what was measured.
+Each core polls one queue of every device. Ctrl-C ends the measurement early, with the figures so far.
+
+JSON keys: iops, bw_bytes (bytes per second), lat_ns {min, mean, p50, p99, p999, max} (null with --no-latency), errors, first_error; read and
+write {iops, bw_bytes, lat_ns}; devices, the same for each device; rw, rwmixread, bs, iodepth, cores, runtime_s and
+device say what was measured.
 
 Example:
   pollux perf --device emu:mem,size=1GiB --rw randread --bs 4k --iodepth 32 --runtime 3 --json")]
 pub(super) struct Perf {
-    /// The device
-    #[arg(long, value_name = "SPEC", value_parser = device::parse)]
-    device: DeviceSpec,
+    /// The device; may be given several times
+    #[arg(long = "device", value_name = "SPEC", value_parser = device::parse, required = true)]
+    devices: Vec<DeviceSpec>,
 
     /// What to do
     #[arg(long, value_enum)]
-    rw: Direction,
+    rw: Access,
 
     /// Share of reads in a mixed load, in percent
     #[arg(long, value_name = "PERCENT", default_value_t = 70, value_parser = clap::value_parser!(u8).range(0..=100))]
@@ -52,7 +59,7 @@ pub(super) struct Perf {
     #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = parse_size)]
     bs: u64,
 
-    /// Requests in flight on each core
+    /// Requests in flight on each queue
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(DEPTH_LIMIT)))]
     iodepth: u32,
 
@@ -64,9 +71,17 @@ pub(super) struct Perf {
     #[arg(long, value_name = "S", default_value = "0", value_parser = parse_seconds)]
     warmup: Duration,
 
-    /// Core ids, one reactor on each
+    /// Core ids: a thread on each, with a queue of every device
     #[arg(long, value_name = "LIST", default_value = "0", value_parser = parse_cores)]
     cores: CoreList,
+
+    /// Do not take the time of requests: a little faster
+    #[arg(long)]
+    no_latency: bool,
+
+    /// Seed of the places and the data, to repeat a load
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    randseed: u64,
 
     /// Print one JSON document
     #[arg(long)]
@@ -77,16 +92,25 @@ pub(super) struct Perf {
     destroy_data: bool,
 }
 
+/// What a load does, in fio's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Direction {
+enum Access {
+    /// Reads at random places
     Randread,
+    /// Writes at random places
     Randwrite,
+    /// Reads, one place after the other
     Read,
+    /// Writes, one place after the other
     Write,
+    /// Reads and writes at random places
     Randrw,
+    /// Reads and writes, one place after the other
+    #[value(alias = "readwrite")]
+    Rw,
 }
 
-impl Direction {
+impl Access {
     fn name(self) -> &'static str {
         match self {
             Self::Randread => "randread",
@@ -94,46 +118,57 @@ impl Direction {
             Self::Read => "read",
             Self::Write => "write",
             Self::Randrw => "randrw",
+            Self::Rw => "rw",
         }
     }
 
-    fn writes(self) -> bool {
-        matches!(self, Self::Randwrite | Self::Write | Self::Randrw)
+    fn pattern(self) -> Pattern {
+        match self {
+            Self::Randread | Self::Randwrite | Self::Randrw => Pattern::Random,
+            Self::Read | Self::Write | Self::Rw => Pattern::Sequential,
+        }
+    }
+
+    fn read_percent(self, mixed: u8) -> u8 {
+        match self {
+            Self::Randread | Self::Read => 100,
+            Self::Randwrite | Self::Write => 0,
+            Self::Randrw | Self::Rw => mixed,
+        }
     }
 }
 
 impl Perf {
     pub(super) fn run(&self) -> Result<(), Failure> {
         let load = self.load()?;
-        let name = self.device.to_string();
-        if self.rw.writes() && !self.destroy_data && !device::is_memory(&self.device) {
-            return Err(Failure::usage(format!("--rw {} would overwrite {name}", self.rw.name()))
-                .remedy("if its contents may be lost, add --destroy-data"));
+        self.refuse_writes(&load)?;
+        // Before any thread exists, so that all of them leave the signals to this one.
+        let signals = Signals::block().during("cannot wait for signals")?;
+        let controllers =
+            self.devices.iter().map(device::open).collect::<Result<Vec<Arc<Controller>>, Failure>>()?;
+        let measured = self.measure(&controllers, &load, &signals);
+        let mut stopped = Ok(());
+        for controller in &controllers {
+            let shut = controller.shutdown().during(format_args!("{} did not shut down", controller.name()));
+            // After a fault that the figures tell of, shutdown has nothing to add.
+            stopped = stopped.and(shut);
         }
-        let buffers = self.bs.saturating_mul(self.iodepth.into()).saturating_mul(POOL_SLACK);
-        let default = QueueOptions::default();
-        let queue = QueueOptions {
-            depth: default.depth.max(u16::try_from(self.iodepth).unwrap_or(u16::MAX)),
-            pool_bytes: default.pool_bytes.max(usize::try_from(buffers).unwrap_or(usize::MAX)),
-            ..default
-        };
-        let device = Device::start(&self.device, self.cores.ids(), ReactorConfig::default(), queue)?;
-        let running = RunningLoad::start(device.runtime().handles(), &load)
-            .during(format_args!("cannot measure {name}"))?;
-        self.show_progress(&running);
-        let measured = running.finish().during(format_args!("cannot measure {name}"));
-        let stopped = device.stop();
         let measured = measured?;
+        if self.json {
+            self.print_json(&measured)?;
+        } else {
+            self.print(&measured);
+        }
         stopped?;
-        if self.json { self.print_json(&measured) } else { self.print(&measured) }.and_then(|()| {
-            match measured.errors {
-                0 => Ok(()),
-                errors => Err(Failure::new(format!(
-                    "{errors} requests to {name} failed, the first with: {}",
-                    measured.first_error.as_deref().unwrap_or("unknown")
-                ))),
-            }
-        })
+        match measured.devices.iter().find(|device| device.errors > 0) {
+            None => Ok(()),
+            Some(first) => Err(Failure::new(format!(
+                "{} requests failed, the first on {}: {}",
+                measured.total().errors,
+                first.device,
+                first.first_error.as_deref().unwrap_or("unknown")
+            ))),
+        }
     }
 
     fn load(&self) -> Result<Load, Failure> {
@@ -144,103 +179,219 @@ impl Perf {
         if self.runtime.is_zero() {
             return Err(Failure::usage("--runtime 0 measures nothing").remedy("give at least 0.1"));
         }
-        let pattern = match self.rw {
-            Direction::Randread | Direction::Randwrite | Direction::Randrw => Pattern::Random,
-            Direction::Read | Direction::Write => Pattern::Sequential,
-        };
-        let read_percent = match self.rw {
-            Direction::Randread | Direction::Read => 100,
-            Direction::Randwrite | Direction::Write => 0,
-            Direction::Randrw => self.rwmixread,
-        };
         Ok(Load {
-            pattern,
-            read_percent,
+            pattern: self.rw.pattern(),
+            read_percent: self.rw.read_percent(self.rwmixread),
             block_bytes: self.bs,
             depth: self.iodepth,
             runtime: self.runtime,
             warmup: self.warmup,
+            latency: if self.no_latency { Latency::Ignore } else { Latency::Record },
+            seed: self.randseed,
         })
     }
 
-    /// Shows how it goes until the time is up.
-    fn show_progress(&self, running: &RunningLoad) {
-        let whole = self.warmup + self.runtime;
+    fn refuse_writes(&self, load: &Load) -> Result<(), Failure> {
+        let lasting = self.devices.iter().find(|spec| !device::is_memory(spec));
+        match lasting {
+            Some(spec) if load.read_percent < 100 && !self.destroy_data => {
+                Err(Failure::usage(format!("--rw {} would overwrite {spec}", self.rw.name()))
+                    .remedy("if its contents may be lost, add --destroy-data"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn measure(
+        &self,
+        controllers: &[Arc<Controller>],
+        load: &Load,
+        signals: &Signals,
+    ) -> Result<Measured, Failure> {
+        let running = RunningLoad::start(controllers, self.cores.ids(), load).map_err(|error| {
+            let failure = Failure::new(format!("cannot measure: {error}"));
+            match error {
+                LoadError::Queue { .. } => failure
+                    .remedy("name fewer cores with --cores, or more queues in the device spec: ,queues=N"),
+                _ => failure,
+            }
+        })?;
+        self.watch(&running, signals)?;
+        running.finish().during("cannot measure")
+    }
+
+    /// Shows how it goes until the time is up or somebody asks for the end.
+    fn watch(&self, running: &RunningLoad, signals: &Signals) -> Result<(), Failure> {
+        let never = Alarm::new().during("cannot wait for signals")?;
+        let progress = Progress::new(self.warmup + self.runtime, self.bs, self.json);
         let started = Instant::now();
-        let bar = (std::io::stderr().is_terminal()).then(|| {
-            let style = ProgressStyle::with_template("{bar:30} {elapsed} {msg}")
-                .unwrap_or_else(|_| ProgressStyle::default_bar());
-            ProgressBar::new(u64::try_from(whole.as_millis()).unwrap_or(u64::MAX)).with_style(style)
-        });
-        let interval = if bar.is_some() { Duration::from_millis(200) } else { Duration::from_secs(1) };
-        let mut before = (started, 0);
-        while started.elapsed() < whole && !running.is_finished() {
-            std::thread::sleep(interval.min(whole.saturating_sub(started.elapsed())));
-            let now = (Instant::now(), running.requests());
-            let rate = (now.1 - before.1) as f64 / (now.0 - before.0).as_secs_f64().max(1e-9);
-            before = now;
-            match &bar {
-                Some(bar) => {
-                    bar.set_position(u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX));
-                    bar.set_message(format!("{} IOPS", show_rate(rate)));
-                }
-                None if !self.json => {
-                    eprintln!("{:>5.1} s  {} IOPS", started.elapsed().as_secs_f64(), show_rate(rate));
-                }
-                None => {}
+        let mut line = (started, 0);
+        while !running.is_finished() {
+            let woken = signals.wait(&never, Some(LOOK_INTERVAL)).during("cannot wait for signals")?;
+            if woken == Woken::Signal {
+                running.end_early();
+                break;
+            }
+            progress.move_to(started.elapsed());
+            let (since, before) = line;
+            let span = since.elapsed();
+            if span >= LINE_INTERVAL {
+                let requests = running.requests();
+                let rate = (requests - before) as f64 / span.as_secs_f64();
+                let recent = running.recent_latency();
+                let p99 = (!recent.is_empty()).then(|| recent.value_at_quantile(0.99));
+                progress.show(started.elapsed(), rate, p99);
+                line = (Instant::now(), requests);
             }
         }
-        if let Some(bar) = bar {
-            bar.finish_and_clear();
-        }
+        progress.finish();
+        Ok(())
     }
 
     fn print_json(&self, measured: &Measured) -> Result<(), Failure> {
-        let latency = &measured.latency;
-        print_json(&json!({
-            "device": self.device.to_string(),
-            "rw": self.rw.name(),
-            "bs": self.bs,
-            "iodepth": self.iodepth,
-            "cores": self.cores.ids(),
-            "runtime_s": self.runtime.as_secs_f64(),
-            "iops": measured.iops(),
-            "bw_bytes": measured.bandwidth().round() as u64,
-            "lat_ns": {
-                "min": latency.min(),
-                "mean": latency.mean(),
-                "p50": latency.value_at_quantile(0.50),
-                "p99": latency.value_at_quantile(0.99),
-                "p999": latency.value_at_quantile(0.999),
-                "max": latency.max(),
-            },
-            "errors": measured.errors,
-        }))
+        let mut document = self.figures_of(&measured.total());
+        if self.devices.len() > 1 {
+            document.remove("device");
+        }
+        let devices: Vec<Value> =
+            measured.devices.iter().map(|device| Value::Object(self.figures_of(device))).collect();
+        let said = [
+            ("devices", json!(devices)),
+            ("rw", json!(self.rw.name())),
+            ("rwmixread", json!(self.rw.read_percent(self.rwmixread))),
+            ("bs", json!(self.bs)),
+            ("iodepth", json!(self.iodepth)),
+            ("cores", json!(self.cores.ids())),
+            ("runtime_s", json!(measured.elapsed.as_secs_f64())),
+        ];
+        document.extend(said.map(|(key, value)| (key.to_owned(), value)));
+        print_json(&document)
     }
 
-    fn print(&self, measured: &Measured) -> Result<(), Failure> {
-        let latency = &measured.latency;
+    fn figures_of(&self, device: &DeviceFigures) -> Map<String, Value> {
+        let mut object = self.rates_of(&device.both());
+        let said = [
+            ("device", json!(device.device)),
+            ("errors", json!(device.errors)),
+            ("first_error", json!(device.first_error)),
+            ("read", Value::Object(self.rates_of(&device.read))),
+            ("write", Value::Object(self.rates_of(&device.write))),
+        ];
+        object.extend(said.map(|(key, value)| (key.to_owned(), value)));
+        object
+    }
+
+    fn rates_of(&self, figures: &Figures) -> Map<String, Value> {
+        let latency = &figures.latency;
+        let latencies = json!({
+            "min": latency.min(),
+            "mean": latency.mean(),
+            "p50": latency.value_at_quantile(0.50),
+            "p99": latency.value_at_quantile(0.99),
+            "p999": latency.value_at_quantile(0.999),
+            "max": latency.max(),
+        });
+        let mut object = Map::new();
+        object.insert("iops".into(), json!(figures.iops));
+        object.insert("bw_bytes".into(), json!((figures.iops * self.bs as f64).round() as u64));
+        object.insert("lat_ns".into(), if self.no_latency { Value::Null } else { latencies });
+        object
+    }
+
+    fn print(&self, measured: &Measured) {
+        let names: Vec<String> = self.devices.iter().map(ToString::to_string).collect();
         outln!(
-            "{} {} {} requests, {} in flight on each of {} cores, {:.1} s",
-            self.device,
+            "{} {} {} requests, {} in flight on each of {} queues, {:.1} s",
+            names.join(" "),
             self.rw.name(),
             show_size(self.bs),
             self.iodepth,
-            self.cores.ids().len(),
-            self.runtime.as_secs_f64()
+            self.cores.ids().len() * self.devices.len(),
+            measured.elapsed.as_secs_f64()
         );
-        outln!("  iops       {}", show_rate(measured.iops()));
-        outln!("  bandwidth  {}/s", show_size(measured.bandwidth() as u64));
+        if measured.devices.len() > 1 {
+            for device in &measured.devices {
+                outln!("{}", device.device);
+                self.print_device(device);
+            }
+            outln!("total");
+        }
+        self.print_device(&measured.total());
+    }
+
+    fn print_device(&self, device: &DeviceFigures) {
+        let both = device.both();
+        self.print_figures("", &both);
+        if device.read.requests > 0 && device.write.requests > 0 {
+            self.print_figures("read ", &device.read);
+            self.print_figures("write ", &device.write);
+        }
+        outln!("  {:<16} {}", "errors", device.errors);
+    }
+
+    fn print_figures(&self, kind: &str, figures: &Figures) {
+        let bandwidth = (figures.iops * self.bs as f64) as u64;
+        outln!("  {:<16} {}", format!("{kind}iops"), show_rate(figures.iops));
+        outln!("  {:<16} {}/s", format!("{kind}bandwidth"), show_size(bandwidth));
+        if self.no_latency {
+            return;
+        }
+        let latency = &figures.latency;
+        let at = |quantile| show_nanos(latency.value_at_quantile(quantile));
         outln!(
-            "  latency    min {}, mean {}, p50 {}, p99 {}, p99.9 {}, max {}",
+            "  {:<16} min {}, mean {}, p50 {}, p99 {}, p99.9 {}, max {}",
+            format!("{kind}latency"),
             show_nanos(latency.min()),
             show_nanos(latency.mean() as u64),
-            show_nanos(latency.value_at_quantile(0.50)),
-            show_nanos(latency.value_at_quantile(0.99)),
-            show_nanos(latency.value_at_quantile(0.999)),
+            at(0.50),
+            at(0.99),
+            at(0.999),
             show_nanos(latency.max()),
         );
-        outln!("  errors     {}", measured.errors);
-        Ok(())
     }
+}
+
+/// How it goes: a bar on a terminal, plain lines otherwise, nothing beside a JSON document.
+struct Progress {
+    bar: Option<ProgressBar>,
+    plain: bool,
+    block_bytes: u64,
+}
+
+impl Progress {
+    fn new(whole: Duration, block_bytes: u64, json: bool) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{bar:30} {elapsed} {msg}")
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
+            ProgressBar::new(millis(whole)).with_style(style)
+        });
+        Self { plain: bar.is_none() && !json, bar, block_bytes }
+    }
+
+    fn move_to(&self, elapsed: Duration) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(millis(elapsed));
+        }
+    }
+
+    fn show(&self, elapsed: Duration, rate: f64, p99: Option<u64>) {
+        let bandwidth = show_size((rate * self.block_bytes as f64) as u64);
+        let p99 = p99.map(|nanos| format!("  p99 {}", show_nanos(nanos))).unwrap_or_default();
+        let text = format!("{} IOPS  {bandwidth}/s{p99}", show_rate(rate));
+        match &self.bar {
+            Some(bar) => bar.set_message(text),
+            None if self.plain => eprintln!("{:>5.1} s  {text}", elapsed.as_secs_f64()),
+            None => {}
+        }
+    }
+
+    fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -571,7 +571,6 @@ impl Core {
         if !queue.deferred.is_empty() {
             due += self.run_deferred(&mut lane, queue);
         }
-        let detour = self.faults.commands_armed() || self.latency.is_modelled();
         while executed < burst && queue.unposted.is_none() && self.is_ready() {
             let (entry, aborted) = match queue.fetch(slot) {
                 Ok(Some(fetched)) => fetched,
@@ -582,7 +581,8 @@ impl Core {
                 }
             };
             executed += 1;
-            if detour {
+            // After the fetch, whose acquire load of the tail makes rules visible that were added before the doorbell.
+            if self.faults.commands_armed() || self.latency.is_modelled() {
                 self.detour(&mut lane, queue, entry, aborted);
                 continue;
             }

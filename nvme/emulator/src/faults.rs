@@ -5,7 +5,7 @@
 //! command's data (`diversion`), the path of a command that a rule met (`detour`).
 //!
 //! Invariants:
-//! - while there is no rule the I/O path pays one relaxed load for each batch of commands, and register reads one each;
+//! - while there is no rule the I/O path pays one relaxed load for each command, and register reads one each;
 //! - rules are looked at in the order they were added; all that match a command apply to it, and of two that contradict
 //!   each other the older wins;
 //! - a command that a rule keeps waiting vanishes in a reset, as any other.

@@ -5,8 +5,8 @@
 //! Invariants: `commands_armed` is true whenever a rule could act on a command or must see it go by; likewise
 //! `registers_armed`. The book's lock is a leaf: nothing is executed or posted, and no other lock taken, under it.
 //!
-//! Memory ordering: `commands_armed` and `registers_armed` are relaxed: a rule holds for what is fetched or read after
-//! `add` returned, on threads that the caller synchronizes with by ringing a doorbell (a release) or by being them.
+//! Memory ordering: `commands_armed` and `registers_armed` are relaxed. The doorbell orders: it is rung (a release) after
+//! `add` returned, and the flag is looked at after the fetch that acquires the tail.
 
 use std::collections::HashMap;
 use std::sync::Mutex;

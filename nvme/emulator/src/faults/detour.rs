@@ -134,9 +134,8 @@ impl Core {
         if let Some(sectors) = verdict.torn_sectors
             && lane.qid != 0
             && entry.opcode == NvmOpcode::WRITE.0
-            && !self.tear(&mut entry, sectors, verdict)?
         {
-            return Ok(Outcome::Done(0));
+            self.tear(&entry, sectors, verdict)?;
         }
         if !verdict.data.is_empty() {
             let faults = std::mem::take(&mut verdict.data);
@@ -151,31 +150,20 @@ impl Core {
         result
     }
 
-    /// Shortens a write to `sectors` sectors, rounded up to blocks by the old contents of the last one; false if nothing is
-    /// left of it.
-    fn tear(
-        &self,
-        entry: &mut SubmissionEntry,
-        sectors: u64,
-        verdict: &mut Verdict,
-    ) -> Result<bool, StatusCode> {
+    /// Has a write store the old contents again beyond its first `sectors` sectors. The command keeps its length: its PRPs
+    /// would mean something else with another one.
+    fn tear(&self, entry: &SubmissionEntry, sectors: u64, verdict: &mut Verdict) -> Result<(), StatusCode> {
         let namespace = self.namespace(entry.namespace_id())?;
         let command = entry.read_write();
         let whole = namespace.range(command.slba, u64::from(command.dw12.blocks_z()) + 1)?;
         let keep = sectors.saturating_mul(SECTOR);
-        if keep >= whole.len {
-            return Ok(true);
+        if keep < whole.len {
+            self.check_mdts(whole.len)?;
+            let mut old = vec![0; (whole.len - keep) as usize];
+            namespace.peek(whole.offset + keep, &mut old)?;
+            verdict.data.patch(keep as usize, old.into());
         }
-        let blocks = keep.div_ceil(namespace.bytes_of(1));
-        if blocks == 0 {
-            return Ok(false);
-        }
-        let mut old = vec![0; (namespace.bytes_of(blocks) - keep) as usize];
-        namespace.peek(whole.offset + keep, &mut old)?;
-        verdict.data.patch(keep as usize, old.into());
-        let dw12 = command.dw12.with_blocks_z((blocks - 1) as u16);
-        entry.cdw12.set(dw12.into());
-        Ok(true)
+        Ok(())
     }
 
     /// Remembers the contents of the blocks that a command is about to overwrite, for stale reads.

@@ -4,11 +4,15 @@
 mod admin;
 mod commands;
 mod concurrency;
+mod fault_data;
+mod faults;
 mod fused;
 mod image;
 mod initiator;
 mod io;
+mod latency;
 mod power_cut;
 mod queues;
+mod removal;
 mod reset;
 mod sgl;

@@ -14,7 +14,7 @@ use nvme_spec::{AdminOpcode, NamespaceId, QueueId, SubmissionEntry};
 use thiserror::Error;
 
 use crate::admin::{AdminError, AdminQueue};
-use crate::controller::{ControllerOptions, DEFAULT_QUEUES, MAX_NAMESPACES};
+use crate::controller::{ControllerOptions, DEFAULT_QUEUES, MAX_NAMESPACES, command_set_limits};
 use crate::handshake::{HandshakeError, Link};
 use crate::identity::{ControllerInfo, IdentityError, Namespace, NamespaceEntry, check_namespace_list};
 use crate::shadow::ShadowMemory;
@@ -138,7 +138,8 @@ pub(crate) fn run(link: &Link, options: &ControllerOptions) -> Result<Found, Pro
     let mut steps = || -> Result<_, Problem> {
         link.enable(cap, page_shift, admin.addresses())?;
         let raw = admin.identify_controller(link)?;
-        let info = ControllerInfo::check(cap, version, 1 << page_shift, raw)?;
+        let mut info = ControllerInfo::check(cap, version, 1 << page_shift, raw)?;
+        command_set_limits(link, &mut admin, &mut info)?;
         let namespaces = list_namespaces(link, &mut admin, &info)?;
         if info.raw.oacs().contains(Oacs::DOORBELL_BUFFER) {
             shadow = Some(ShadowMemory::new(&*link.transport, info.page_size as usize)?);

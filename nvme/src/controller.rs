@@ -14,7 +14,9 @@
 //!
 //! Excludes: the I/O path; what is done about faults and events (`keeper`, `recovery`).
 
-use std::collections::BTreeSet;
+mod commands;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
@@ -41,6 +43,10 @@ use crate::queue_pair::{QueueOptions, QueuePair};
 use crate::shadow::ShadowMemory;
 use crate::transport::{Timing, Transport, TransportError};
 use crate::wake;
+pub(crate) use commands::command_set_limits;
+pub use commands::{
+    CommandError, FORMAT_TIMEOUT, Feature, FormatError, FormatOptions, NamespaceUid, Persistence,
+};
 
 /// Active namespaces that the driver keeps.
 pub const MAX_NAMESPACES: usize = 1024;
@@ -158,6 +164,8 @@ pub(crate) struct Admin {
     free_queues: BTreeSet<u16>,
     /// Queues that exist on the controller.
     pub(crate) live: BTreeSet<u16>,
+    /// Queues that somebody holds, and their namespaces.
+    users: BTreeMap<u16, NamespaceId>,
     /// Memory that a queue left behind without the controller's consent.
     kept: Vec<Arc<dyn DmaRegion>>,
 }
@@ -187,6 +195,7 @@ impl Controller {
                 queue: found.admin,
                 free_queues: (1..=found.granted).collect(),
                 live: BTreeSet::new(),
+                users: BTreeMap::new(),
                 kept: Vec::new(),
             }),
             options: options.clone(),
@@ -410,14 +419,21 @@ impl Shared {
         notified
     }
 
-    /// Takes a queue number, and makes the controller know the queue.
+    /// Takes a queue number, and makes the controller know the queue. `namespace` is what the queue was planned for.
     pub(crate) fn attach_queue(
         &self,
+        namespace: &Namespace,
         slots: u16,
         interrupt: impl FnOnce(QueueId) -> Result<QueueInterrupt, QueueError>,
         waker: Option<&Arc<OwnedFd>>,
     ) -> Result<(Queue, Arc<Lane>), QueueError> {
         let mut admin = self.lock_running();
+        // Formatted between the caller's look and this lock: what the caller planned is void.
+        let unchanged =
+            |entry: &NamespaceEntry| entry.checked.as_ref().is_ok_and(|now| now.is_like(namespace));
+        if !self.namespaces().iter().any(unchanged) {
+            return Err(QueueError::Option("the namespace changed while the queue was being created"));
+        }
         let number = admin.free_queues.pop_first().ok_or_else(|| QueueError::NoQueueLeft {
             device: self.name.clone(),
             granted: self.granted_queues,
@@ -434,6 +450,8 @@ impl Shared {
         });
         if attached.is_err() {
             admin.free_queues.insert(number);
+        } else {
+            admin.users.insert(number, namespace.nsid);
         }
         drop(admin);
         if let Err(QueueError::Admin(AdminError::Failed(fault))) = &attached {
@@ -506,6 +524,7 @@ impl Shared {
     ) -> Result<(), AdminError> {
         let mut admin = self.lock_running();
         self.desk.withdraw(lane);
+        admin.users.remove(&lane.id.get());
         let deleted = if admin.live.contains(&lane.id.get()) {
             self.delete_on_device(&mut admin, lane.id, ADMIN_TIMEOUT)
         } else {

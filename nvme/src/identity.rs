@@ -8,7 +8,9 @@
 use std::fmt;
 
 use nvme_spec::NamespaceId;
-use nvme_spec::identify::{IdentifyController, IdentifyNamespace, LBA_FORMATS, Oncs, Vwc};
+use nvme_spec::identify::{
+    IdentifyController, IdentifyControllerNvm, IdentifyNamespace, LBA_FORMATS, Oncs, Vwc,
+};
 use nvme_spec::registers::{Cap, Version};
 use thiserror::Error;
 
@@ -128,6 +130,11 @@ impl Namespace {
         1 << self.lba_shift
     }
 
+    /// Whether whatever was planned for `other` holds for this one: the same namespace, blocks of the same size, and as many.
+    pub(crate) fn is_like(&self, other: &Namespace) -> bool {
+        (self.nsid, self.lba_shift) == (other.nsid, other.lba_shift) && self.blocks >= other.blocks
+    }
+
     /// Checks Identify Namespace data. `max_transfer` is the controller's limit in bytes, if it has one.
     ///
     /// # Errors
@@ -207,6 +214,10 @@ pub struct ControllerInfo {
     pub page_size: u32,
     /// Largest transfer of a command in bytes; `None` if there is no limit.
     pub max_transfer: Option<u64>,
+    /// Largest Verify in bytes (VSL, 2.0); `None` if there is no limit, or the controller does not tell.
+    pub max_verify: Option<u64>,
+    /// Largest Write Zeroes in bytes (WZSL, 2.0); `None` if there is no limit, or the controller does not tell.
+    pub max_zeroes: Option<u64>,
     /// Largest namespace identifier.
     pub nn: u32,
     /// Optional NVM commands.
@@ -242,11 +253,19 @@ impl ControllerInfo {
             firmware: ascii(&raw.fr),
             page_size,
             max_transfer: max_transfer(raw.mdts, cap.mpsmin()),
+            max_verify: None,
+            max_zeroes: None,
             nn: raw.nn.get(),
             oncs: raw.oncs(),
             volatile_write_cache: raw.vwc().contains(Vwc::PRESENT),
             raw,
         })
+    }
+
+    /// Takes the limits of the NVM command set over (NVM Command Set 1.0 §4.1.5.4). Any bytes will do.
+    pub(crate) fn apply_limits(&mut self, raw: &IdentifyControllerNvm) {
+        self.max_verify = max_transfer(raw.vsl, self.cap.mpsmin());
+        self.max_zeroes = max_transfer(raw.wzsl, self.cap.mpsmin());
     }
 }
 
@@ -271,7 +290,7 @@ fn check_entry_size(field: &'static str, value: u8, shift: u8) -> Result<(), Ide
     }
 }
 
-/// MDTS in bytes: units of CAP.MPSMIN, 0 is no limit, and so is more than 64 bits hold.
+/// MDTS, VSL or WZSL in bytes: units of CAP.MPSMIN, 0 is no limit, and so is more than 64 bits hold.
 fn max_transfer(mdts: u8, mpsmin: u8) -> Option<u64> {
     if mdts == 0 {
         return None;

@@ -39,7 +39,10 @@ mod wake;
 
 pub use admin::{ADMIN_TIMEOUT, AdminError};
 pub use bring_up::BringUpError;
-pub use controller::{Controller, ControllerOptions, Keeper, QueueError, Recovery};
+pub use controller::{
+    CommandError, Controller, ControllerOptions, Feature, FormatError, FormatOptions, Keeper, NamespaceUid,
+    Persistence, QueueError, Recovery,
+};
 pub use event::ControllerEvent;
 pub use fault::{Fault, Life};
 pub use identity::{ControllerInfo, Namespace};

@@ -204,7 +204,8 @@ impl QueuePair {
         let pointing = Pointing::choose(options.data_pointers, info.raw.sgls())
             .ok_or(QueueError::Option("SGLs were asked for, which the controller does not take"))?;
         let builder = CommandBuilder::new(&**transport, namespace, info, slots, max_transfer, pointing)?;
-        let (queue, lane) = shared.attach_queue(slots, interrupt, wake.as_ref().map(Wake::eventfd))?;
+        let (queue, lane) =
+            shared.attach_queue(namespace, slots, interrupt, wake.as_ref().map(Wake::eventfd))?;
         let now = shared.link.timing.now();
         let interval = (options.command_timeout / 8).clamp(Duration::from_millis(1), Duration::from_secs(1));
         Ok(Self {

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
-use nvme_spec::identify::{Cns, IdentifyController, IdentifyNamespace, NamespaceList, Oncs};
+use nvme_spec::identify::{
+    Cns, IdentifyController, IdentifyControllerNvm, IdentifyNamespace, NamespaceList, Oncs,
+};
 use nvme_spec::log::AsyncEvent;
 use nvme_spec::registers::{self, Aqa, Cap, Cc, Csts, Doorbell, doorbell_at, shst};
 use nvme_spec::{AdminOpcode, CommandId, CompletionEntry, Status, StatusCode, SubmissionEntry};
@@ -45,6 +47,7 @@ impl Timing for FakeTiming {
 pub(crate) struct Script {
     pub(crate) cap: Cap,
     pub(crate) cap_bits: Option<u64>,
+    pub(crate) version: registers::Version,
     pub(crate) bar_bytes: u64,
     /// CSTS.RDY follows CC.EN=1.
     pub(crate) becomes_ready: bool,
@@ -63,6 +66,8 @@ pub(crate) struct Script {
     pub(crate) refuse: Vec<AdminOpcode>,
     pub(crate) controller: Box<IdentifyController>,
     pub(crate) namespace: Box<IdentifyNamespace>,
+    /// Identify Controller of the NVM command set (2.0).
+    pub(crate) limits: Box<IdentifyControllerNvm>,
     pub(crate) namespace_ids: Vec<u32>,
     /// Completion dword 0 of Set Features, Number of Queues.
     pub(crate) granted: u32,
@@ -89,6 +94,7 @@ impl Default for Script {
         Self {
             cap: Cap::new().with_mqes_z(63).with_css(Cap::CSS_NVM),
             cap_bits: None,
+            version: registers::Version::V1_4,
             bar_bytes: 0x2000,
             becomes_ready: true,
             stops: true,
@@ -100,6 +106,7 @@ impl Default for Script {
             refuse: Vec::new(),
             controller,
             namespace,
+            limits: Box::new(IdentifyControllerNvm::new_zeroed()),
             namespace_ids: vec![1],
             granted: 3 | 3 << 16,
             can_revoke: false,
@@ -222,6 +229,14 @@ impl Fake {
     /// Opcodes of the admin commands so far, without event requests.
     pub(crate) fn admin_opcodes(&self) -> Vec<AdminOpcode> {
         self.state().admin_commands.iter().map(|command| AdminOpcode(command.opcode)).collect()
+    }
+
+    /// Log pages asked for.
+    pub(crate) fn log_pages_read(&self) -> Vec<nvme_spec::command::GetLogPage> {
+        let state = self.state();
+        let opcode = AdminOpcode::GET_LOG_PAGE.0;
+        let read = state.admin_commands.iter().filter(|command| command.opcode == opcode);
+        read.map(SubmissionEntry::log_page).collect()
     }
 
     pub(crate) fn complete_all(&self, queue: u16) {
@@ -366,10 +381,12 @@ impl State {
                         list.ids.iter_mut().zip(ids).for_each(|(slot, &id)| slot.set(id));
                         list.as_bytes().to_vec()
                     }
+                    Cns::CONTROLLER_COMMAND_SET => script.limits.as_bytes().to_vec(),
                     other => panic!("unexpected {other}"),
                 };
                 self.write(command.prp1.get(), &data);
             }
+            AdminOpcode::FORMAT_NVM => {}
             AdminOpcode::SET_FEATURES => return (Status::SUCCESS, script.granted),
             AdminOpcode::CREATE_IO_CQ => {
                 self.created_cqs.insert(id, (command.prp1.get(), entries));
@@ -442,7 +459,7 @@ impl Transport for Fake {
             return Ok(u32::MAX);
         }
         Ok(match offset {
-            registers::VS => registers::Version::V1_4.into(),
+            registers::VS => script.version.into(),
             registers::CC => state.cc.into(),
             registers::CSTS => state.csts.with_cfs(state.csts.cfs() || script.fatal).into(),
             other => panic!("unexpected read of {other:#x}"),

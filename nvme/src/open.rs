@@ -5,8 +5,8 @@
 use std::sync::Arc;
 
 use nvme_emulator::{
-    Backing, ControllerConfig, CreateMode, EmulatedController, EmulatorError, Mode, NamespaceConfig,
-    ThreadOptions,
+    Backing, ControllerConfig, CreateMode, EmulatedController, EmulatorError, LatencyModel, Mode,
+    NamespaceConfig, ThreadOptions,
 };
 use thiserror::Error;
 
@@ -113,12 +113,15 @@ pub fn emulator_config(spec: &EmulatedSpec, device: &DeviceSpec) -> ControllerCo
     let mut namespace = NamespaceConfig::new(spec.size, backing);
     namespace.lba_size = spec.lba.map(crate::spec_string::LbaSize::bytes);
     let mut config = ControllerConfig::with_namespace(namespace);
+    // Nothing can complete later on the caller's thread.
+    let default_mode = if spec.latency.is_some() { EmulatedMode::Threaded } else { default_mode };
     config.mode = match spec.mode.unwrap_or(default_mode) {
         EmulatedMode::Inline => Mode::Inline,
         EmulatedMode::Threaded => {
             Mode::Threaded(ThreadOptions { workers: WORKERS, ..ThreadOptions::default() })
         }
     };
+    config.latency = spec.latency.map(LatencyModel::uniform);
     config.mdts = spec.mdts.unwrap_or(config.mdts);
     config.io_queues = device.queues.unwrap_or(config.io_queues);
     config

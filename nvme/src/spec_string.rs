@@ -1,7 +1,7 @@
 //! Device specs, the `--device` argument of every tool: [`DeviceSpec`] and its parser.
 //!
 //! ```text
-//! emu:PATH[,size=4GiB][,lba=512|4096][,mode=inline|threaded][,mdts=N][,queues=N][,ns=ID]
+//! emu:PATH[,size=4GiB][,lba=512|4096][,mode=inline|threaded][,mdts=N][,latency=80us][,queues=N][,ns=ID]
 //! emu:mem,size=1GiB[,…]
 //! pci:0000:01:00.0[,queues=N][,ns=ID]
 //! vfio-user:/run/x/cntrl[,queues=N][,ns=ID]
@@ -15,6 +15,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use nvme_spec::NamespaceId;
 use thiserror::Error;
@@ -23,6 +24,8 @@ use crate::pci::{PciAddress, PciAddressError};
 
 /// Largest device size that a spec can name: sizes stay within a file offset.
 pub const MAX_SIZE: u64 = i64::MAX as u64;
+/// Longest latency of an embedded controller that a spec can ask for.
+pub const MAX_LATENCY: Duration = Duration::from_secs(10);
 /// Queue pairs that a spec can ask for at most (NVMe 1.4 §5.21.1.7).
 pub const MAX_QUEUES: u16 = u16::MAX - 1;
 
@@ -62,6 +65,9 @@ pub struct EmulatedSpec {
     pub mode: Option<EmulatedMode>,
     /// Identify Controller's MDTS; the emulator's default if `None`.
     pub mdts: Option<u8>,
+    /// How long each I/O command takes, whole microseconds; as fast as it goes if `None`. Threads are needed for it, and used
+    /// unless `mode` says otherwise.
+    pub latency: Option<Duration>,
 }
 
 /// What an embedded controller stores to.
@@ -155,6 +161,9 @@ pub enum SpecProblem {
     /// A memory device without a size.
     #[error("a device in memory needs a size; write `emu:mem,size=1GiB`")]
     MemoryWithoutSize,
+    /// A latency without threads.
+    #[error("`latency` needs `mode=threaded`: inline, commands complete in the call that submits them")]
+    LatencyInline,
     /// A size that is no whole number of blocks.
     #[error("`size={size}` is not a multiple of the block size of {lba} bytes")]
     SizeNotOfBlocks {
@@ -198,6 +207,16 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("the size exceeds {MAX_SIZE} bytes"))
 }
 
+/// Reads `80us` or `5ms`.
+fn parse_latency(text: &str) -> Option<Duration> {
+    let (number, unit_us) =
+        text.strip_suffix("us").map(|n| (n, 1)).or_else(|| text.strip_suffix("ms").map(|n| (n, 1000)))?;
+    let digits = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+    let us = number.parse::<u64>().ok().filter(|_| digits)?.checked_mul(unit_us)?;
+    let latency = Duration::from_micros(us);
+    (!latency.is_zero() && latency <= MAX_LATENCY).then_some(latency)
+}
+
 /// Writes a size as [`parse_size`] reads it, in the largest binary unit that divides it.
 struct Size(u64);
 
@@ -213,7 +232,7 @@ impl fmt::Display for Size {
 }
 
 const COMMON_OPTIONS: &str = "queues, ns";
-const EMULATED_OPTIONS: &str = "size, lba, mode, mdts, queues, ns";
+const EMULATED_OPTIONS: &str = "size, lba, mode, mdts, latency, queues, ns";
 
 /// Options as they were found; which of them a scheme has is decided while they are read.
 #[derive(Default)]
@@ -222,6 +241,7 @@ struct Options {
     lba: Option<LbaSize>,
     mode: Option<EmulatedMode>,
     mdts: Option<u8>,
+    latency: Option<Duration>,
     queues: Option<u16>,
     namespace: Option<NamespaceId>,
 }
@@ -311,6 +331,10 @@ impl Options {
                 set("mode", &mut self.mode, one_of("mode", value, mode, "expected inline or threaded")?)?;
             }
             "mdts" => set("mdts", &mut self.mdts, number("mdts", value, 0, 20)? as u8)?,
+            "latency" => {
+                let expected = "expected microseconds or milliseconds up to 10 s, as 80us or 5ms";
+                set("latency", &mut self.latency, one_of("latency", value, parse_latency(value), expected)?)?;
+            }
             _ => return Ok(false),
         }
         Ok(true)
@@ -385,7 +409,17 @@ fn emulated(target: &str, options: &Options) -> Result<EmulatedSpec, SpecProblem
             return Err(SpecProblem::SizeNotOfBlocks { size, lba });
         }
     }
-    Ok(EmulatedSpec { backing, size: options.size, lba: options.lba, mode: options.mode, mdts: options.mdts })
+    if options.latency.is_some() && options.mode == Some(EmulatedMode::Inline) {
+        return Err(SpecProblem::LatencyInline);
+    }
+    Ok(EmulatedSpec {
+        backing,
+        size: options.size,
+        lba: options.lba,
+        mode: options.mode,
+        mdts: options.mdts,
+        latency: options.latency,
+    })
 }
 
 impl fmt::Display for DeviceSpec {
@@ -425,6 +459,9 @@ impl fmt::Display for EmulatedSpec {
         if let Some(mdts) = self.mdts {
             write!(f, ",mdts={mdts}")?;
         }
+        if let Some(latency) = self.latency {
+            write!(f, ",latency={}us", latency.as_micros())?;
+        }
         Ok(())
     }
 }
@@ -457,6 +494,11 @@ mod tests {
         assert_eq!(emulated.backing, EmulatedBacking::Memory);
         assert_eq!((emulated.mode, emulated.mdts), (Some(EmulatedMode::Threaded), Some(5)));
 
+        for (text, us) in [("80us", 80), ("5ms", 5_000), ("10000ms", 10_000_000)] {
+            let Target::Emulated(emulated) = spec(&format!("emu:x,latency={text}")).target else { panic!() };
+            assert_eq!(emulated.latency, Some(Duration::from_micros(us)));
+        }
+
         assert_eq!(spec("emu:./mem").to_string(), "emu:./mem");
         assert_eq!(spec("pci:0000:01:00.0").to_string(), "pci:0000:01:00.0");
         assert_eq!(spec("pci:01:00.0"), spec("pci:0000:01:00.0"));
@@ -484,11 +526,16 @@ mod tests {
             ("emu:x,size=512,lba=4096", "not a multiple of the block size of 4096"),
             ("emu:x,lba=1024", "expected 512 or 4096"),
             ("emu:x,mode=fast", "expected inline or threaded"),
+            ("emu:x,latency=80", "as 80us or 5ms"),
+            ("emu:x,latency=0us", "as 80us or 5ms"),
+            ("emu:x,latency=+1us", "as 80us or 5ms"),
+            ("emu:x,latency=10001ms", "up to 10 s"),
+            ("emu:x,latency=1us,mode=inline", "needs `mode=threaded`"),
             ("emu:x,queues=0", "from 1 to 65534"),
             ("emu:x,queues=65535", "from 1 to 65534"),
             ("emu:x,ns=0", "from 1 to 4294967294"),
             ("emu:x,ns=1,ns=2", "`ns` is given twice"),
-            ("emu:x,speed=9", "those are size, lba, mode, mdts, queues, ns"),
+            ("emu:x,speed=9", "those are size, lba, mode, mdts, latency, queues, ns"),
             ("pci:", "such as `0000:01:00.0`"),
             ("pci:01:00", "the function is missing"),
             ("pci:0000:01:20.0", "`pollux list`"),

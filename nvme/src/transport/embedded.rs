@@ -105,6 +105,11 @@ impl Transport for EmbeddedTransport {
         let _ = self.controller.mask_interrupt(vector, mask);
     }
 
+    fn reset_function(&self) -> Result<(), TransportError> {
+        self.controller.reset_function();
+        Ok(())
+    }
+
     fn revoke_dma(&self) -> Result<(), TransportError> {
         self.controller.memory().revoke();
         Ok(())

@@ -14,7 +14,8 @@ use crate::bring_up::BringUpError;
 use crate::controller::{Controller, ControllerOptions, Keeper, Recovery};
 use crate::spec_string::{DeviceSpec, EmulatedBacking, EmulatedMode, EmulatedSpec, Target};
 use crate::transport::embedded::EmbeddedTransport;
-use crate::transport::{SystemTiming, Timing};
+use crate::transport::vfio_user::{self, VfioUserError, VfioUserTransport};
+use crate::transport::{SystemTiming, Timing, Transport};
 
 /// Why a device could not be opened.
 #[derive(Debug, Error)]
@@ -38,6 +39,9 @@ pub enum OpenError {
         /// What went wrong.
         source: EmulatorError,
     },
+    /// The server behind a vfio-user socket cannot be used.
+    #[error(transparent)]
+    VfioUser(#[from] VfioUserError),
     /// The controller could not be brought up.
     #[error(transparent)]
     BringUp(#[from] BringUpError),
@@ -69,23 +73,24 @@ impl Default for OpenOptions {
 /// # Errors
 /// The device cannot be opened, with the spec and what to do about it, or its controller cannot be brought up.
 pub fn open(spec: &DeviceSpec, options: OpenOptions) -> Result<Arc<Controller>, OpenError> {
-    let unsupported = |transport| Err(OpenError::Unsupported { device: spec.to_string(), transport });
-    match &spec.target {
+    let transport: Arc<dyn Transport> = match &spec.target {
         Target::Emulated(emulated) => {
             let controller = EmulatedController::new(emulator_config(emulated, spec))
                 .map_err(|source| OpenError::Emulator { device: spec.to_string(), source })?;
-            let transport = EmbeddedTransport::new(controller, device_name(emulated));
-            let controller_options = ControllerOptions {
-                queues: spec.queues,
-                namespace: spec.namespace,
-                keeper: options.keeper,
-                recovery: options.recovery,
-            };
-            Ok(Controller::bring_up(Arc::new(transport), options.timing, &controller_options)?)
+            Arc::new(EmbeddedTransport::new(controller, device_name(emulated)))
         }
-        Target::Pci(_) => unsupported("PCI"),
-        Target::VfioUser(_) => unsupported("vfio-user"),
-    }
+        Target::Pci(_) => {
+            return Err(OpenError::Unsupported { device: spec.to_string(), transport: "PCI" });
+        }
+        Target::VfioUser(path) => Arc::new(VfioUserTransport::connect(path, vfio_user::DEFAULT_TIMEOUT)?),
+    };
+    let controller_options = ControllerOptions {
+        queues: spec.queues,
+        namespace: spec.namespace,
+        keeper: options.keeper,
+        recovery: options.recovery,
+    };
+    Ok(Controller::bring_up(transport, options.timing, &controller_options)?)
 }
 
 /// The part of a spec that names the device.

@@ -19,6 +19,7 @@ pub mod embedded;
 #[cfg(test)]
 pub(crate) mod fake;
 pub mod slab;
+pub mod vfio_user;
 
 /// Why the way to the controller failed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]

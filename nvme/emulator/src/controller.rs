@@ -37,6 +37,7 @@ use crate::namespace::Namespace;
 use crate::namespaces::NamespaceTable;
 use crate::power_cut::{CutPolicy, CutReport};
 use crate::queue::{CompletionSlot, DoorbellCheck, Posted, SubmissionQueue, SubmissionSlot, bump};
+use crate::queue_watch::{QueueWatch, WatchSlot};
 use crate::registers::{Registers, State};
 use crate::worker::{self, WorkerSet};
 
@@ -220,6 +221,11 @@ impl EmulatedController {
         self.core.counters()
     }
 
+    /// Has `watch` told when queues begin, in place of whoever was told before.
+    pub(crate) fn watch_queues(&self, watch: Option<Arc<dyn QueueWatch>>) {
+        self.core.queue_watch.set(watch);
+    }
+
     /// The configuration the controller was made with.
     pub fn config(&self) -> &ControllerConfig {
         &self.core.config
@@ -300,6 +306,8 @@ pub(crate) struct Core {
     pub(crate) faults: FaultBook,
     pub(crate) latency: Latency,
     clock: Clock,
+    /// Told when a queue begins.
+    pub(crate) queue_watch: WatchSlot,
 }
 
 /// A submission queue on whose behalf commands are run, with its lock held.
@@ -353,6 +361,7 @@ impl Core {
                 Mode::Threaded(_) => Clock::real(),
                 Mode::Inline | Mode::Stepped => Clock::virtual_from_zero(),
             },
+            queue_watch: WatchSlot::default(),
             config,
         };
         core.reset_features();

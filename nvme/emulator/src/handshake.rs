@@ -7,7 +7,7 @@
 
 use std::sync::atomic::Ordering;
 
-use nvme_spec::registers::{Aqa, Cc, Csts, shst};
+use nvme_spec::registers::{Aqa, Cc, Csts, Doorbell, shst};
 
 use crate::config::{FusedOperations, Mode};
 use crate::controller::Core;
@@ -111,6 +111,8 @@ impl Core {
         self.completion[0].install(&mut lock(&self.completion[0].queue), queue);
         let queue = SubmissionQueue::new(FusedOperations::Absent, sq, 0, page_shift, &self.dma);
         self.submission[0].install(&mut lock(&self.submission[0].queue), queue);
+        self.queue_began(0, Doorbell::SubmissionTail);
+        self.queue_began(0, Doorbell::CompletionHead);
         Ok(())
     }
 

@@ -20,7 +20,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
@@ -61,8 +61,11 @@ impl SlabMemory {
     }
 
     fn with_pages(bytes: usize, pages: MFdFlags, page_bytes: usize) -> io::Result<Self> {
-        let fd = memfd_create("pollux-dma", pages | MFdFlags::MFD_CLOEXEC)?;
+        let fd = memfd_create("pollux-dma", pages | MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
         ftruncate(&fd, bytes as i64)?;
+        // Who maps it elsewhere can rely on its size, and so can we if the descriptor is passed on.
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(&fd, FcntlArg::F_ADD_SEALS(seals))?;
         // Takes every page now, so that a shortage is an error here instead of a signal at the first touch.
         fallocate(&fd, FallocateFlags::empty(), 0, bytes as i64)?;
         let file = FileOffset::new(OwnedFd::into(fd), 0);

@@ -14,14 +14,16 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::io::{IoSlice, IoSliceMut};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recvmsg, sendmsg,
+    socket_with,
 };
 use thiserror::Error;
 use zerocopy::{FromZeros, IntoBytes};
@@ -30,6 +32,9 @@ use crate::wire::{Command, HEADER_BYTES, RawHeader, type_and_flags};
 
 /// Descriptors that a message may carry.
 pub const MAX_DESCRIPTORS: usize = 16;
+
+/// Between two attempts to connect.
+const CONNECT_PAUSE: Duration = Duration::from_millis(5);
 
 /// Why a message could not be sent or received.
 #[derive(Debug, Error)]
@@ -140,6 +145,28 @@ impl Channel {
     pub fn new(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self { stream })
+    }
+
+    /// Connects to the socket at `path`. A server that does not accept for the moment is waited for until `deadline`.
+    ///
+    /// # Errors
+    /// What the system says; [`io::ErrorKind::TimedOut`] if the server does not accept.
+    pub fn connect(path: &Path, deadline: Instant) -> io::Result<Self> {
+        let address = SocketAddrUnix::new(path)?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        loop {
+            match connect(&socket, &address) {
+                Ok(()) => return Self::new(UnixStream::from(socket)),
+                Err(rustix::io::Errno::INTR) => {}
+                // The line of those who wait to be accepted is full; the socket says nothing when that changes.
+                Err(rustix::io::Errno::AGAIN) if Instant::now() < deadline => {
+                    std::thread::sleep(CONNECT_PAUSE);
+                }
+                Err(rustix::io::Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 
     /// Ends the connection for both sides; both see it closed.

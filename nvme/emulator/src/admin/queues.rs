@@ -3,6 +3,7 @@
 //! Invariants: done under the admin submission queue's lock, so one at a time; a completion queue outlives the submission
 //! queues that use it.
 
+use nvme_spec::registers::Doorbell;
 use nvme_spec::{CQE_BYTES, SQE_BYTES, StatusCode, SubmissionEntry};
 
 use crate::controller::{Core, Outcome};
@@ -68,6 +69,7 @@ impl Core {
         let ring = self.ring_shape(page_shift, entry, CQE_BYTES, DmaDirection::ToHost)?;
         let slot = &self.completion[usize::from(qid)];
         slot.install(&mut lock(&slot.queue), CompletionQueue::new(ring, vector, &self.dma));
+        self.queue_began(qid, Doorbell::CompletionHead);
         Ok(Outcome::Done(0))
     }
 
@@ -96,6 +98,7 @@ impl Core {
         let slot = &self.submission[usize::from(qid)];
         let queue = SubmissionQueue::new(self.config.fused, ring, cqid, page_shift, &self.dma);
         slot.install(&mut lock(&slot.queue), queue);
+        self.queue_began(qid, Doorbell::SubmissionTail);
         Ok(Outcome::Done(0))
     }
 

@@ -30,6 +30,7 @@ pub const SUPPORTED_ONCS: Oncs = Oncs::COMPARE
     .union(Oncs::DATASET_MANAGEMENT)
     .union(Oncs::WRITE_ZEROES)
     .union(Oncs::FEATURE_SAVE)
+    .union(Oncs::TIMESTAMP)
     .union(Oncs::VERIFY)
     .union(Oncs::COPY);
 

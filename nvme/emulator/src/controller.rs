@@ -56,7 +56,7 @@ const INFO_INVALID_DOORBELL_VALUE: u8 = 1;
 ///
 /// Dropping the last handle ends its threads and closes its images.
 pub struct EmulatedController {
-    core: Arc<Core>,
+    pub(crate) core: Arc<Core>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -699,6 +699,9 @@ impl Core {
         tracing::debug!(qid, cid = entry.cid.get(), opcode = entry.opcode, status = %code, "command failed");
         let status = Status::from_code(code).with_dnr(!may_succeed_later(code)).with_more(true);
         lock(&self.admin).log_error(qid, entry, status);
+        if code == StatusCode::WRITE_FAULT {
+            self.report_warnings(); // the medium may be read-only now
+        }
         status
     }
 

@@ -67,6 +67,12 @@ pub enum EmulatorError {
     /// The controller's thread could not be started.
     #[error("cannot start the controller's thread: {0}")]
     Thread(#[source] io::Error),
+    /// There is no such namespace.
+    #[error("namespace {nsid} does not exist")]
+    NoNamespace {
+        /// Its identifier.
+        nsid: u32,
+    },
     /// There is no such interrupt vector.
     #[error("interrupt vector {vector} does not exist; the controller has {count}")]
     NoVector {

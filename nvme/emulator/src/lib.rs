@@ -31,9 +31,8 @@ mod interrupt;
 mod io;
 mod latency;
 mod locks;
-#[allow(dead_code)] // formatting and resizing come with the admin commands
+mod manage;
 mod namespace;
-#[allow(dead_code)] // as above
 mod namespaces;
 mod power_cut;
 mod prp;
@@ -62,4 +61,5 @@ pub use faults::{
 };
 pub use interrupt::VectorMask;
 pub use latency::LatencyModel;
+pub use manage::{ControllerError, Reliability};
 pub use power_cut::{CutPolicy, CutReport, Tear};

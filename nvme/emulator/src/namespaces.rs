@@ -12,7 +12,7 @@
 //! Excludes: what a namespace does (`namespace`), telling the host (`admin`).
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use nvme_spec::{NamespaceId, StatusCode};
 
@@ -57,6 +57,7 @@ impl NamespaceList {
 pub(crate) struct NamespaceTable {
     generation: AtomicU64,
     current: Mutex<Arc<NamespaceList>>,
+    changing: Mutex<()>,
 }
 
 impl NamespaceTable {
@@ -64,7 +65,12 @@ impl NamespaceTable {
         all.sort_by_key(|namespace| namespace.nsid());
         let largest = all.last().map_or(0, |namespace| namespace.nsid().get());
         let current = Mutex::new(Arc::new(NamespaceList { all, largest }));
-        Self { generation: AtomicU64::new(0), current }
+        Self { generation: AtomicU64::new(0), current, changing: Mutex::new(()) }
+    }
+
+    /// Keeps others from changes that take several steps. Taken after queue 0's lock, before any other.
+    pub(crate) fn change_one_at_a_time(&self) -> MutexGuard<'_, ()> {
+        lock(&self.changing)
     }
 
     /// The namespaces now.
@@ -144,11 +150,13 @@ impl Core {
         self.namespaces.list().find(nsid).cloned()
     }
 
-    /// Waits until every I/O command that was being executed has finished. The caller holds no I/O queue's lock; it may
-    /// hold that of the admin submission queue.
+    /// Waits until every I/O command that was being executed has finished, and has every queue take the current table. The
+    /// caller holds no I/O queue's lock; it may hold that of the admin submission queue.
     pub(crate) fn wait_for_queues(&self) {
         for slot in &self.submission[1..] {
-            drop(lock(&slot.queue));
+            if let Some(queue) = lock(&slot.queue).as_mut() {
+                queue.namespaces.refresh(&self.namespaces);
+            }
         }
     }
 }

@@ -80,6 +80,9 @@ pub(crate) trait Store: Send + Sync {
     /// Bytes of real space in use, as far as known.
     fn allocated(&self) -> u64;
 
+    /// Changes the size. What is cut off has been cleared; what is new reads as zeroes.
+    fn resize(&self, bytes: u64) -> Result<(), StoreError>;
+
     /// Whether the store has failed for good and takes no more writes.
     fn is_read_only(&self) -> bool {
         false

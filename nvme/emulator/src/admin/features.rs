@@ -9,23 +9,19 @@ use nvme_spec::feature::{
     Arbitration, AsyncEventConfiguration, FeatureCapabilities, FeatureId, FeatureSelect,
     InterruptVectorConfiguration, NumberOfQueues, VolatileWriteCache,
 };
-use nvme_spec::log::{AsyncEvent, LogPageId};
+use nvme_spec::identify::Oncs;
 use nvme_spec::{NamespaceId, StatusCode, SubmissionEntry};
 
 use crate::controller::{Core, Outcome};
 use crate::locks::lock;
-use crate::queue::{CompletionSlot, SubmissionSlot};
+use crate::queue::{CompletionSlot, SubmissionQueue, SubmissionSlot};
 
-/// What the composite temperature sensor always reads, in kelvins.
-pub(super) const TEMPERATURE: u16 = 310;
+use super::feature_data::TimestampClock;
+
+/// Asynchronous Event Configuration: namespace attribute and firmware activation notices.
+const NOTICES: u32 = 0b11 << 8;
 /// Default over-temperature threshold: no warning ever.
 const DEFAULT_OVER: u16 = 0xffff;
-/// Async event type: SMART / health.
-const EVENT_SMART: u8 = 1;
-/// SMART event: temperature threshold.
-const INFO_TEMPERATURE: u8 = 1;
-/// Critical warning and async event configuration: temperature.
-pub(super) const WARN_TEMPERATURE: u8 = 1 << 1;
 /// TMPSEL of a set: all sensors.
 const ALL_SENSORS: u32 = 0xf;
 /// Error recovery: the deallocated-error bit, which no namespace here supports.
@@ -41,11 +37,13 @@ pub(crate) struct Features {
     temperature: [u16; 2],
     /// Error recovery by namespace.
     error_recovery: BTreeMap<u32, u32>,
-    coalescing: u32,
     /// Vectors with coalescing disabled.
     uncoalesced: Vec<u16>,
     write_atomicity: u32,
     async_events: u32,
+    pub(super) timestamp: TimestampClock,
+    /// ACRE of Host Behavior Support.
+    pub(super) advanced_retry: u8,
 }
 
 impl Default for Features {
@@ -54,26 +52,35 @@ impl Default for Features {
             arbitration: DEFAULT_ARBITRATION,
             temperature: [DEFAULT_OVER, 0],
             error_recovery: BTreeMap::new(),
-            coalescing: 0,
             uncoalesced: Vec::new(),
             write_atomicity: 0,
             async_events: 0,
+            timestamp: TimestampClock::default(),
+            advanced_retry: 0,
         }
     }
 }
 
 impl Features {
-    /// Whether the temperature is beyond a threshold.
-    pub(super) fn too_hot_or_cold(&self) -> bool {
-        TEMPERATURE >= self.temperature[0] || TEMPERATURE <= self.temperature[1]
+    /// Whether a temperature is beyond a threshold.
+    pub(super) fn is_beyond_threshold(&self, kelvin: u16) -> bool {
+        kelvin >= self.temperature[0] || kelvin <= self.temperature[1]
+    }
+
+    /// The events that the host wants.
+    pub(super) fn async_events(&self) -> AsyncEventConfiguration {
+        self.async_events.into()
     }
 }
 
 /// Whether a feature belongs to a namespace; `None` if there is no such feature.
-fn is_namespace_specific(feature: FeatureId, cache: bool) -> Option<bool> {
+fn is_namespace_specific(core: &Core, feature: FeatureId) -> Option<bool> {
+    let cache = core.has_volatile_cache();
+    let timestamp = core.config.oncs.contains(Oncs::TIMESTAMP);
     match feature {
         FeatureId::ERROR_RECOVERY => Some(true),
         FeatureId::VOLATILE_WRITE_CACHE => cache.then_some(false),
+        FeatureId::TIMESTAMP => timestamp.then_some(false),
         FeatureId::ARBITRATION
         | FeatureId::POWER_MANAGEMENT
         | FeatureId::TEMPERATURE_THRESHOLD
@@ -81,7 +88,8 @@ fn is_namespace_specific(feature: FeatureId, cache: bool) -> Option<bool> {
         | FeatureId::INTERRUPT_COALESCING
         | FeatureId::INTERRUPT_VECTOR_CONFIGURATION
         | FeatureId::WRITE_ATOMICITY_NORMAL
-        | FeatureId::ASYNC_EVENT_CONFIGURATION => Some(false),
+        | FeatureId::ASYNC_EVENT_CONFIGURATION
+        | FeatureId::HOST_BEHAVIOR_SUPPORT => Some(false),
         _ => None,
     }
 }
@@ -89,19 +97,23 @@ fn is_namespace_specific(feature: FeatureId, cache: bool) -> Option<bool> {
 impl Core {
     /// Defaults, as after power-on.
     pub(crate) fn reset_features(&self) {
-        lock(&self.admin).features = Features::default();
+        let timestamp = TimestampClock::reset_at(self.now_ns());
+        lock(&self.admin).features = Features { timestamp, ..Features::default() };
         self.burst.store(DEFAULT_ARBITRATION as u8, Ordering::Relaxed);
         self.cache_enabled.store(self.has_volatile_cache(), Ordering::Relaxed);
         self.granted_queues.store(self.config.io_queues, Ordering::Relaxed);
     }
 
     /// Set Features.
-    pub(super) fn set_features(&self, entry: &SubmissionEntry) -> Result<Outcome, StatusCode> {
+    pub(super) fn set_features(
+        &self,
+        queue: &mut SubmissionQueue,
+        entry: &SubmissionEntry,
+    ) -> Result<Outcome, StatusCode> {
         let view = entry.set_features_view();
         let (feature, value) = (FeatureId(view.fid()), entry.cdw11.get());
         let nsid = entry.namespace_id();
-        let of_namespace =
-            is_namespace_specific(feature, self.has_volatile_cache()).ok_or(StatusCode::INVALID_FIELD)?;
+        let of_namespace = is_namespace_specific(self, feature).ok_or(StatusCode::INVALID_FIELD)?;
         if view.sv() {
             return Err(StatusCode::FEATURE_NOT_SAVEABLE);
         }
@@ -119,11 +131,16 @@ impl Core {
                 self.burst.store(Arbitration::from(value).ab(), Ordering::Relaxed);
                 lock(&self.admin).features.arbitration = value & !0xf8;
             }
-            FeatureId::INTERRUPT_COALESCING => lock(&self.admin).features.coalescing = value & 0xffff,
+            // Interrupts are never held back.
+            FeatureId::INTERRUPT_COALESCING => return Err(StatusCode::FEATURE_NOT_CHANGEABLE),
             FeatureId::WRITE_ATOMICITY_NORMAL => lock(&self.admin).features.write_atomicity = value & 1,
             FeatureId::ASYNC_EVENT_CONFIGURATION => {
+                check(value & !(0xff | NOTICES) == 0)?;
                 lock(&self.admin).features.async_events = value;
-                self.check_temperature();
+                self.report_warnings();
+            }
+            FeatureId::TIMESTAMP | FeatureId::HOST_BEHAVIOR_SUPPORT => {
+                self.set_feature_data(queue, feature, entry)?;
             }
             _ => return Err(StatusCode::INVALID_FIELD),
         }
@@ -163,24 +180,8 @@ impl Core {
         let (sensor, kind) = (value >> 16 & 0xf, value >> 20 & 3);
         check((sensor == 0 || sensor == ALL_SENSORS) && kind <= 1)?;
         lock(&self.admin).features.temperature[kind as usize] = value as u16;
-        self.check_temperature();
+        self.report_warnings();
         Ok(())
-    }
-
-    /// Reports the temperature if it is beyond a threshold and the host wants to know.
-    fn check_temperature(&self) {
-        let wanted = {
-            let admin = lock(&self.admin);
-            let configured = AsyncEventConfiguration::from(admin.features.async_events);
-            configured.smart() & WARN_TEMPERATURE != 0 && admin.features.too_hot_or_cold()
-        };
-        if wanted {
-            let event = AsyncEvent::new()
-                .with_event_type(EVENT_SMART)
-                .with_information(INFO_TEMPERATURE)
-                .with_log_page(LogPageId::SMART.0);
-            self.report_event(event);
-        }
     }
 
     fn set_error_recovery(&self, nsid: NamespaceId, value: u32) -> Result<(), StatusCode> {
@@ -208,18 +209,26 @@ impl Core {
     }
 
     /// Get Features.
-    pub(super) fn get_features(&self, entry: &SubmissionEntry) -> Result<Outcome, StatusCode> {
+    pub(super) fn get_features(
+        &self,
+        queue: &mut SubmissionQueue,
+        entry: &SubmissionEntry,
+    ) -> Result<Outcome, StatusCode> {
         let (feature, select) = entry.get_features_view();
-        let of_namespace =
-            is_namespace_specific(feature, self.has_volatile_cache()).ok_or(StatusCode::INVALID_FIELD)?;
+        let of_namespace = is_namespace_specific(self, feature).ok_or(StatusCode::INVALID_FIELD)?;
         let value = match select {
             FeatureSelect::CURRENT => self.current_value(feature, entry)?,
             FeatureSelect::DEFAULT | FeatureSelect::SAVED => self.default_value(feature, entry)?,
             FeatureSelect::SUPPORTED_CAPABILITIES => {
-                FeatureCapabilities::new().with_namespace_specific(of_namespace).with_changeable(true).into()
+                let changeable = feature != FeatureId::INTERRUPT_COALESCING;
+                FeatureCapabilities::new()
+                    .with_namespace_specific(of_namespace)
+                    .with_changeable(changeable)
+                    .into()
             }
             _ => return Err(StatusCode::INVALID_FIELD),
         };
+        self.get_feature_data(queue, feature, select, entry)?;
         Ok(Outcome::Done(value))
     }
 
@@ -242,7 +251,6 @@ impl Core {
                 let granted_z = self.granted_queues.load(Ordering::Relaxed) - 1;
                 NumberOfQueues::new().with_submission_z(granted_z).with_completion_z(granted_z).into()
             }
-            FeatureId::INTERRUPT_COALESCING => features.coalescing,
             FeatureId::INTERRUPT_VECTOR_CONFIGURATION => {
                 let vector = self.asked_vector(entry)?;
                 let disabled = features.uncoalesced.contains(&vector);
@@ -250,7 +258,7 @@ impl Core {
             }
             FeatureId::WRITE_ATOMICITY_NORMAL => features.write_atomicity,
             FeatureId::ASYNC_EVENT_CONFIGURATION => features.async_events,
-            _ => 0, // power management: state 0
+            _ => 0, // power management: state 0; no coalescing; data structures
         })
     }
 

@@ -1,13 +1,14 @@
 //! Identify (§5.15).
 
 use nvme_spec::identify::{
-    Cns, IdentifyController, Lpa, NamespaceIdHeader, NamespaceIdType, NamespaceList, Oncs, Vwc,
+    Cns, IdentifyController, Lpa, NamespaceIdHeader, NamespaceIdType, NamespaceList, Oacs, Oaes, Oncs, Vwc,
 };
 use nvme_spec::{IDENTIFY_BYTES, NamespaceId, StatusCode, SubmissionEntry};
+use zerocopy::little_endian::U16;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::ERROR_LOG_ENTRIES;
-use crate::config::{FusedOperations, SglSupport};
+use crate::config::{FusedOperations, SglSupport, ShadowDoorbells};
 use crate::controller::{Core, Outcome};
 use crate::io::ACWU_Z;
 use crate::namespace::Namespace;
@@ -28,6 +29,8 @@ const RTD3E_US: u32 = 10_000_000;
 /// WCTEMP and CCTEMP in kelvins.
 const WARNING_TEMPERATURE: u16 = 343;
 const CRITICAL_TEMPERATURE: u16 = 353;
+/// LPA: the Supported Log Pages log page (2.0).
+const LPA_SUPPORTED_PAGES: u8 = 1 << 5;
 /// FUSES: compare and write.
 const FUSES_COMPARE_AND_WRITE: u16 = 1;
 /// SGLS: bit bucket descriptors.
@@ -82,7 +85,12 @@ impl Core {
         data.acl_z = 3;
         data.aerl_z = config.aerl_z;
         data.frmw = FRMW;
-        data.lpa = Lpa::EXTENDED_DATA.bits();
+        data.oaes.set((Oaes::NAMESPACE_ATTRIBUTE | Oaes::FIRMWARE_ACTIVATION).bits());
+        let mut oacs = Oacs::FORMAT;
+        oacs.set(Oacs::DOORBELL_BUFFER, config.shadow_doorbells == ShadowDoorbells::Offered);
+        data.oacs.set(oacs.bits());
+        data.crdt = [1, 5, 10].map(U16::new);
+        data.lpa = (Lpa::EXTENDED_DATA | Lpa::COMMAND_EFFECTS).bits() | LPA_SUPPORTED_PAGES;
         data.elpe_z = (ERROR_LOG_ENTRIES - 1) as u8;
         data.wctemp.set(WARNING_TEMPERATURE);
         data.cctemp.set(CRITICAL_TEMPERATURE);

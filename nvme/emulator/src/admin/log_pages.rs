@@ -1,16 +1,16 @@
-//! Get Log Page (§5.14): error information, SMART / health, firmware slots, changed namespaces.
+//! Get Log Page (§5.14): error information, SMART / health, firmware slots, changed namespaces; what
+//! the controller supports is in `effects`.
 
 use std::sync::atomic::Ordering;
 
-use nvme_spec::log::{
-    CHANGED_NAMESPACES_BYTES, CriticalWarning, ErrorEntry, FirmwareSlotLog, LogPageId, SmartLog,
-};
+use nvme_spec::log::{ErrorEntry, FirmwareSlotLog, LogPageId, SmartLog};
 use nvme_spec::{NamespaceId, StatusCode, SubmissionEntry};
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::features::TEMPERATURE;
+use super::ERROR_LOG_ENTRIES;
+use super::effects::supported_pages_log;
+use super::events::SPARE_THRESHOLD;
 use super::identify::FIRMWARE_REVISION;
-use super::{ERROR_LOG_ENTRIES, event_type_of};
 use crate::controller::{Core, Outcome};
 use crate::dma::DmaDirection;
 use crate::locks::lock;
@@ -18,10 +18,6 @@ use crate::queue::{QueueStats, SubmissionQueue};
 
 /// 512-byte units in a data unit of the SMART log.
 const SECTORS_PER_DATA_UNIT: u64 = 1000;
-/// Spare capacity in percent; nothing wears out here.
-const SPARE: u8 = 100;
-/// Threshold of the spare capacity in percent.
-const SPARE_THRESHOLD: u8 = 10;
 
 impl Core {
     /// Get Log Page. What is asked for beyond the page's end reads as zeroes.
@@ -43,8 +39,9 @@ impl Core {
                 self.smart_log().as_bytes().to_vec()
             }
             LogPageId::FIRMWARE_SLOT => firmware_log().as_bytes().to_vec(),
-            // Namespaces never change while the controller lives.
-            LogPageId::CHANGED_NAMESPACES => vec![0; CHANGED_NAMESPACES_BYTES],
+            LogPageId::CHANGED_NAMESPACES => lock(&self.admin).changed_namespaces.page(),
+            LogPageId::COMMAND_EFFECTS => self.command_effects_log(),
+            LogPageId::SUPPORTED => supported_pages_log(),
             _ => return Err(StatusCode::INVALID_LOG_PAGE),
         };
         if wanted.offset > page.len() as u64 || !wanted.offset.is_multiple_of(4) {
@@ -57,10 +54,8 @@ impl Core {
         let mut cursor = data.payload().cursor();
         cursor.put(&rest[..given]);
         cursor.put_zeroes(bytes as usize - given);
-        if !wanted.retain_event
-            && let Some(event_type) = event_type_of(wanted.lid)
-        {
-            lock(&self.admin).rearm(event_type);
+        if !wanted.retain_event {
+            self.rearm_events(wanted.lid);
         }
         Ok(Outcome::Done(0))
     }
@@ -81,17 +76,10 @@ impl Core {
         };
         let units = |sectors: u64| u128::from(sectors.div_ceil(SECTORS_PER_DATA_UNIT));
         let admin = lock(&self.admin);
-        let mut warning = CriticalWarning::empty();
-        if admin.features.too_hot_or_cold() {
-            warning |= CriticalWarning::TEMPERATURE;
-        }
-        if self.namespaces.list().iter().any(|n| n.store().is_read_only()) {
-            warning |= CriticalWarning::READ_ONLY;
-        }
         let mut page = SmartLog::new_zeroed();
-        page.critical_warning = warning.bits();
-        page.temperature.set(TEMPERATURE);
-        page.available_spare = SPARE;
+        page.critical_warning = self.critical_warnings(&admin).bits();
+        page.temperature.set(admin.health.temperature);
+        page.available_spare = admin.health.spare;
         page.spare_threshold = SPARE_THRESHOLD;
         page.data_units_read.set(units(total(|s| &s.sectors_read)));
         page.data_units_written.set(units(total(|s| &s.sectors_written)));

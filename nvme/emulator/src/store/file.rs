@@ -204,6 +204,11 @@ impl Store for FileStore {
         self.file.metadata().map_or(0, |m| m.blocks() * 512)
     }
 
+    fn resize(&self, bytes: u64) -> Result<(), StoreError> {
+        self.check_writable()?;
+        self.file.set_len(bytes).and_then(|()| self.file.sync_all()).map_err(StoreError::write)
+    }
+
     fn is_read_only(&self) -> bool {
         self.broken.load(Ordering::Acquire)
     }

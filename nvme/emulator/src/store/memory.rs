@@ -18,6 +18,9 @@ const CHUNK: usize = 64 << 10;
 /// Chunks of a span, the unit in which the table of chunks is allocated.
 const CHUNKS_PER_SPAN: usize = 1024;
 
+/// Bytes that every store can grow to: a table of 1,024 spans.
+const RESERVE: u64 = 64 << 30;
+
 type Chunk = RwLock<Option<Box<[u8]>>>;
 
 /// Sparse memory.
@@ -34,9 +37,9 @@ struct Step {
 }
 
 impl MemoryStore {
-    /// Room for `bytes` bytes of zeroes.
+    /// Room for `bytes` bytes of zeroes, and to grow to [`RESERVE`].
     pub(crate) fn new(bytes: u64) -> Self {
-        let spans = bytes.div_ceil((CHUNK * CHUNKS_PER_SPAN) as u64);
+        let spans = bytes.max(RESERVE).div_ceil((CHUNK * CHUNKS_PER_SPAN) as u64);
         Self { spans: (0..spans).map(|_| OnceLock::new()).collect(), allocated: AtomicU64::new(0) }
     }
 
@@ -128,6 +131,11 @@ impl Store for MemoryStore {
 
     fn allocated(&self) -> u64 {
         self.allocated.load(Ordering::Relaxed)
+    }
+
+    fn resize(&self, bytes: u64) -> Result<(), StoreError> {
+        let most = (self.spans.len() * CHUNK * CHUNKS_PER_SPAN) as u64;
+        if bytes > most { Err(StoreError::NoSpace) } else { Ok(()) }
     }
 
     fn read_host(&self, offset: u64, mut dst: &mut [u8]) -> Result<(), StoreError> {

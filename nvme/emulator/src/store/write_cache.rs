@@ -209,6 +209,11 @@ impl<S: Store> Store for CachedStore<S> {
         self.inner.allocated()
     }
 
+    fn resize(&self, bytes: u64) -> Result<(), StoreError> {
+        self.flush()?; // what was undone must be there to be undone
+        self.inner.resize(bytes)
+    }
+
     fn is_read_only(&self) -> bool {
         self.inner.is_read_only()
     }

@@ -1,13 +1,19 @@
 //! Admin commands: identify, features, log pages, asynchronous events, abort.
 
 use nvme_emulator::{ControllerConfig, Mode, NamespaceConfig, WriteCache};
+use nvme_emulator::{ControllerError, Reliability};
 use nvme_spec::command::GetLogPage;
-use nvme_spec::feature::{FeatureCapabilities, FeatureId, FeatureSelect, NumberOfQueues};
+use nvme_spec::event::AsyncEventCode;
+use nvme_spec::feature::{
+    FeatureCapabilities, FeatureId, FeatureSelect, HostBehavior, NumberOfQueues, Timestamp,
+};
 use nvme_spec::identify::{Cns, IdentifyController, IdentifyNamespace, NamespaceList, Vwc};
-use nvme_spec::log::{AsyncEvent, ErrorEntry, FirmwareSlotLog, LogPageId, SmartLog};
+use nvme_spec::log::{
+    AsyncEvent, CommandEffectsLog, ErrorEntry, FirmwareSlotLog, LogPageId, SmartLog, SupportedLogPages,
+};
 use nvme_spec::registers::Doorbell;
-use nvme_spec::{CommandId, NamespaceId, QueueId, StatusCode, SubmissionEntry};
-use zerocopy::FromBytes;
+use nvme_spec::{AdminOpcode, CommandId, NamespaceId, NvmOpcode, QueueId, StatusCode, SubmissionEntry};
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::initiator::{Buffer, Host, NS1, PAGE, memory_config, pattern, threaded};
 
@@ -148,9 +154,8 @@ fn features_have_current_default_and_saved_values_and_capabilities() {
         (FeatureId::ARBITRATION, 7, 3),
         (FeatureId::VOLATILE_WRITE_CACHE, 1, 0),
         (FeatureId::TEMPERATURE_THRESHOLD, 0xffff, 350),
-        (FeatureId::INTERRUPT_COALESCING, 0, 0x1234),
         (FeatureId::WRITE_ATOMICITY_NORMAL, 0, 1),
-        (FeatureId::ASYNC_EVENT_CONFIGURATION, 0, 0x1ff),
+        (FeatureId::ASYNC_EVENT_CONFIGURATION, 0, 0x3ff),
         (FeatureId::POWER_MANAGEMENT, 0, 0),
     ];
     for (feature, default, other) in cases {
@@ -181,6 +186,7 @@ fn features_with_impossible_values_or_unknown_identifiers_are_refused() {
         (FeatureId::TEMPERATURE_THRESHOLD, 1 << 16 | 300), // no such sensor
         (FeatureId::TEMPERATURE_THRESHOLD, 2 << 20 | 300), // no such threshold
         (FeatureId::INTERRUPT_VECTOR_CONFIGURATION, 17),
+        (FeatureId::ASYNC_EVENT_CONFIGURATION, 1 << 10), // not an event of this controller
         (FeatureId::HOST_MEMORY_BUFFER, 0),
         (FeatureId(0), 0),
         (FeatureId(0xff), 0),
@@ -398,11 +404,155 @@ fn waiting_commands_can_be_aborted_and_others_cannot() {
 #[test]
 fn unknown_admin_commands_and_malformed_ones_are_refused() {
     let mut host = Host::new(memory_config(1 << 20, 512));
-    for opcode in [0x03, 0x07, 0x0d, 0x10, 0x11, 0x14, 0x18, 0x7c, 0x80, 0x84, 0xc0, 0xff] {
+    for opcode in [0x03, 0x07, 0x0d, 0x10, 0x11, 0x14, 0x18, 0x7c, 0x84, 0xc0, 0xff] {
         let entry = SubmissionEntry { opcode, ..SubmissionEntry::default() };
         assert_eq!(host.admin.status(entry), StatusCode::INVALID_OPCODE, "{opcode:#x}");
     }
     let mut sgl = SubmissionEntry::identify(Cns::CONTROLLER, NamespaceId::NONE);
     sgl.flags.set_psdt(2);
     assert_eq!(host.admin.status(sgl), StatusCode::INVALID_FIELD);
+}
+
+#[test]
+fn coalescing_is_said_not_to_be_changeable() {
+    let mut host = Host::new(memory_config(1 << 20, 512));
+    let feature = FeatureId::INTERRUPT_COALESCING;
+    let set = SubmissionEntry::set_features(feature, 5);
+    assert_eq!(host.admin.status(set), StatusCode::FEATURE_NOT_CHANGEABLE);
+    assert_eq!(host.admin.ok(SubmissionEntry::get_features(feature, FeatureSelect::CURRENT)), 0);
+    let get = SubmissionEntry::get_features(feature, FeatureSelect::SUPPORTED_CAPABILITIES);
+    assert_eq!(host.admin.ok(get), 0);
+}
+
+#[test]
+fn timestamp_runs_on_from_what_the_host_set_until_a_reset() {
+    let mut host = Host::new(memory_config(1 << 20, 512));
+    let get = SubmissionEntry::get_features(FeatureId::TIMESTAMP, FeatureSelect::CURRENT);
+    let read = |host: &mut Host| Timestamp::read_from_bytes(&host.admin_data(get)[..8]).unwrap();
+    assert!(!read(&mut host).is_set_by_host());
+    let base = 1_700_000_000_000;
+    let value = Buffer::filled(&host, Timestamp::from_millis(base).as_bytes());
+    host.admin.ok(value.attach(SubmissionEntry::set_features(FeatureId::TIMESTAMP, 0)));
+    let now = read(&mut host);
+    assert!(now.is_set_by_host() && (base..base + 3_600_000).contains(&now.as_millis()));
+    host.ctrl.write32(nvme_spec::registers::CC, 0);
+    let mut host = Host::enabled(host.ctrl);
+    let now = read(&mut host);
+    assert!(!now.is_set_by_host() && now.as_millis() < 3_600_000);
+}
+
+#[test]
+fn host_behavior_is_kept_and_checked() {
+    let mut host = Host::new(memory_config(1 << 20, 512));
+    let feature = FeatureId::HOST_BEHAVIOR_SUPPORT;
+    for (acre, status) in [(1, StatusCode::SUCCESS), (2, StatusCode::INVALID_FIELD)] {
+        let mut value = vec![0; 512];
+        value[0] = acre;
+        let value = Buffer::filled(&host, &value);
+        assert_eq!(host.admin.status(value.attach(SubmissionEntry::set_features(feature, 0))), status);
+    }
+    let read = |host: &mut Host, select| {
+        let data = host.admin_data(SubmissionEntry::get_features(feature, select));
+        HostBehavior::read_from_bytes(&data[..512]).unwrap().acre
+    };
+    assert_eq!(read(&mut host, FeatureSelect::CURRENT), 1);
+    assert_eq!(read(&mut host, FeatureSelect::DEFAULT), 0);
+}
+
+#[test]
+fn commands_and_pages_that_are_supported_are_those_that_are_served() {
+    let mut host = Host::new(memory_config(1 << 20, 512));
+    let effects = host.admin_data(log(LogPageId::COMMAND_EFFECTS, 4096));
+    let effects = CommandEffectsLog::read_from_bytes(&effects).unwrap();
+    assert!(effects.admin(AdminOpcode::FORMAT_NVM).namespace_capability_change());
+    assert!(effects.io(NvmOpcode::WRITE).content_change() && !effects.io(NvmOpcode::READ).content_change());
+    let pages = host.admin_data(log(LogPageId::SUPPORTED, 1024));
+    let pages = SupportedLogPages::read_from_bytes(&pages[..1024]).unwrap();
+    let mut io = host.io_pair(1, 8);
+    for opcode in 0..=u8::MAX {
+        let entry = SubmissionEntry { opcode, ..SubmissionEntry::default() };
+        let served = io.status(entry) != StatusCode::INVALID_OPCODE;
+        assert_eq!(effects.io(NvmOpcode(opcode)).supported(), served, "I/O {opcode:#x}");
+        if opcode != AdminOpcode::ASYNC_EVENT_REQUEST.0 {
+            let served = host.admin.status(entry) != StatusCode::INVALID_OPCODE;
+            assert_eq!(effects.admin(AdminOpcode(opcode)).supported(), served, "admin {opcode:#x}");
+        }
+        let target = Buffer::new(&host, 4096);
+        let status = host.admin.status(target.attach(log(LogPageId(opcode), 4)));
+        assert_eq!(pages.contains(LogPageId(opcode)), status == StatusCode::SUCCESS, "page {opcode:#x}");
+    }
+}
+
+/// Events in the order they come, with their log pages read in between.
+fn next_event(host: &mut Host) -> AsyncEventCode {
+    host.admin.push(SubmissionEntry::async_event_request());
+    host.admin.ring();
+    let event = AsyncEvent::from(host.admin.wait().dw0.get());
+    host.admin_data(log(event.page(), 512));
+    event.code()
+}
+
+#[test]
+fn every_change_of_health_is_reported_if_wanted() {
+    let mut host = Host::new(memory_config(1 << 20, 512));
+    let ctrl = std::sync::Arc::clone(&host.ctrl);
+    let smart = |host: &mut Host| {
+        let log = host.admin_data(log(LogPageId::SMART, 512));
+        SmartLog::read_from_bytes(&log[..512]).unwrap()
+    };
+    ctrl.set_spare(5);
+    assert_eq!((smart(&mut host).available_spare, smart(&mut host).critical_warning), (5, 1));
+    ctrl.set_spare(10);
+    host.admin.ok(SubmissionEntry::set_features(FeatureId::ASYNC_EVENT_CONFIGURATION, 0xff));
+    host.admin.ok(SubmissionEntry::set_features(FeatureId::TEMPERATURE_THRESHOLD, 350));
+    host.admin.ok(SubmissionEntry::set_features(FeatureId::TEMPERATURE_THRESHOLD, 1 << 20 | 280));
+    for kelvin in [350, 280] {
+        ctrl.set_temperature(kelvin);
+        assert_eq!(next_event(&mut host), AsyncEventCode::TEMPERATURE);
+        assert_eq!((smart(&mut host).temperature.get(), smart(&mut host).critical_warning), (kelvin, 2));
+    }
+    ctrl.set_temperature(310);
+    ctrl.set_spare(9);
+    assert_eq!(next_event(&mut host), AsyncEventCode::SPARE);
+    ctrl.set_spare(100);
+    ctrl.set_reliability(Reliability::Degraded);
+    assert_eq!(next_event(&mut host), AsyncEventCode::RELIABILITY);
+    assert_eq!(smart(&mut host).critical_warning, 4);
+    ctrl.set_reliability(Reliability::Normal);
+    for (error, code) in [
+        (ControllerError::Diagnostic, AsyncEventCode::DIAGNOSTIC_FAILURE),
+        (ControllerError::Persistent, AsyncEventCode::PERSISTENT_INTERNAL_ERROR),
+        (ControllerError::Transient, AsyncEventCode::TRANSIENT_INTERNAL_ERROR),
+        (ControllerError::FirmwareLoad, AsyncEventCode::FIRMWARE_LOAD_ERROR),
+    ] {
+        ctrl.report_error(error);
+        assert_eq!(next_event(&mut host), code);
+    }
+}
+
+#[test]
+fn notices_come_only_if_wanted_and_one_page_does_not_rearm_another() {
+    let mut host = Host::new(memory_config(1 << 20, 512));
+    let ctrl = std::sync::Arc::clone(&host.ctrl);
+    host.admin.push(SubmissionEntry::async_event_request());
+    host.admin.push(SubmissionEntry::async_event_request());
+    host.admin.ring();
+    ctrl.report_firmware_activation();
+    ctrl.resize_namespace(1, 2 << 20).unwrap();
+    assert!(host.admin.peek().is_none());
+    host.admin.ok(SubmissionEntry::set_features(FeatureId::ASYNC_EVENT_CONFIGURATION, 0x300));
+    ctrl.report_firmware_activation();
+    let event = AsyncEvent::from(host.admin.wait().dw0.get());
+    assert_eq!(event.code(), AsyncEventCode::FIRMWARE_ACTIVATION_STARTING);
+    // Both are notices: the second waits until the first one's page was read.
+    ctrl.resize_namespace(1, 1 << 20).unwrap();
+    assert!(host.admin.peek().is_none());
+    host.admin_data(log(LogPageId::SMART, 512));
+    assert!(host.admin.peek().is_none());
+    let page = Buffer::new(&host, 512);
+    host.admin.push(page.attach(log(LogPageId::FIRMWARE_SLOT, 512)));
+    host.admin.ring();
+    let done = [host.admin.wait(), host.admin.wait()];
+    let codes = done.map(|entry| AsyncEvent::from(entry.dw0.get()).code());
+    assert!(codes.contains(&AsyncEventCode::NAMESPACE_ATTRIBUTE_CHANGED), "{done:?}");
 }

@@ -11,6 +11,7 @@ mod image;
 mod initiator;
 mod io;
 mod latency;
+mod namespaces;
 mod power_cut;
 mod queues;
 mod removal;

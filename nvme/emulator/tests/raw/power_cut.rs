@@ -211,7 +211,7 @@ fn same_seed_gives_the_same_outcome_and_seeds_differ() {
 #[test]
 fn power_cut_returns_registers_and_features_to_power_on() {
     let mut host = Host::new(config(512));
-    host.admin.ok(SubmissionEntry::set_features(FeatureId::INTERRUPT_COALESCING, 5));
+    host.admin.ok(SubmissionEntry::set_features(FeatureId::WRITE_ATOMICITY_NORMAL, 1));
     written(&mut host, 3);
     let report = host.ctrl.power_cut(CutPolicy::Prefix { writes: 1, torn_bytes: 1024 });
     assert_eq!((report.kept, report.torn, report.dropped), (1, 1, 1));

@@ -77,7 +77,7 @@ fn reset_forgets_queues_commands_and_features_but_not_data() {
         let data = pattern(1, 512);
         let source = Buffer::filled(&host, &data);
         io.ok(source.attach(SubmissionEntry::write(NS1, 3, 0, ForceUnitAccess::No)));
-        host.admin.ok(SubmissionEntry::set_features(FeatureId::INTERRUPT_COALESCING, 77));
+        host.admin.ok(SubmissionEntry::set_features(FeatureId::WRITE_ATOMICITY_NORMAL, 1));
         host.admin.push(SubmissionEntry::async_event_request());
         host.admin.ring();
         host.ctrl.write32(registers::CC, cc().with_en(false).into());
@@ -85,7 +85,7 @@ fn reset_forgets_queues_commands_and_features_but_not_data() {
         io.push(SubmissionEntry::flush(NS1));
         io.ring();
         let mut host = Host::enabled(host.ctrl);
-        let get = SubmissionEntry::get_features(FeatureId::INTERRUPT_COALESCING, FeatureSelect::CURRENT);
+        let get = SubmissionEntry::get_features(FeatureId::WRITE_ATOMICITY_NORMAL, FeatureSelect::CURRENT);
         assert_eq!(host.admin.ok(get), 0);
         io.ring(); // the old queue is gone
         let mut io = host.io_pair(1, 8);

@@ -6,9 +6,11 @@
 #[path = "../tests/raw/initiator.rs"]
 mod initiator;
 
+use std::time::Duration;
+
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use initiator::{Buffer, Host, NS1, memory_config, threaded};
-use nvme_emulator::{Backing, ControllerConfig, CreateMode, Mode, NamespaceConfig};
+use nvme_emulator::{Backing, ControllerConfig, CreateMode, LatencyModel, Mode, NamespaceConfig};
 use nvme_spec::SubmissionEntry;
 use nvme_spec::command::ForceUnitAccess;
 
@@ -52,7 +54,10 @@ fn run(criterion: &mut Criterion, name: &str, config: ControllerConfig) {
 fn controller(criterion: &mut Criterion) {
     let memory = memory_config(BLOCKS * 4096, 4096);
     run(criterion, "memory-inline", memory.clone());
-    run(criterion, "memory-threaded", ControllerConfig { mode: threaded(1), ..memory });
+    run(criterion, "memory-threaded", ControllerConfig { mode: threaded(1), ..memory.clone() });
+    // 32 commands at once of 80 µs each, 2.5 µs apart: 157.5 µs for each batch if the model is exact.
+    let latency = Some(LatencyModel::uniform(Duration::from_micros(80)).limited_to(400_000));
+    run(criterion, "memory-80us", ControllerConfig { mode: threaded(1), latency, ..memory });
     let dir = tempfile::tempdir().unwrap();
     for (name, mode) in [("image-inline", Mode::Inline), ("image-threaded", threaded(1))] {
         let backing = Backing::File { path: dir.path().join("image"), create: CreateMode::OpenOrCreate };

@@ -5,6 +5,7 @@ mod admin;
 mod commands;
 mod concurrency;
 mod fault_data;
+mod fault_storm;
 mod faults;
 mod fused;
 mod image;

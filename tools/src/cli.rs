@@ -23,8 +23,10 @@ use crate::failure::Failure;
 mod dump;
 mod fsck;
 mod identify;
+mod list;
 mod mkfs;
 mod perf;
+mod smart;
 mod status;
 mod sync;
 mod up;
@@ -57,7 +59,9 @@ enum Task {
     Mkfs(mkfs::Mkfs),
     Fsck(fsck::Fsck),
     Dump(dump::Dump),
+    List(list::List),
     Identify(identify::Identify),
+    Smart(smart::Smart),
     Perf(perf::Perf),
     Status(status::Status),
     Sync(sync::Sync),
@@ -71,7 +75,9 @@ impl Pollux {
             Task::Mkfs(mkfs) => mkfs.run(),
             Task::Fsck(fsck) => fsck.run(),
             Task::Dump(dump) => dump.run(),
+            Task::List(list) => list.run(),
             Task::Identify(identify) => identify.run(),
+            Task::Smart(smart) => smart.run(),
             Task::Perf(perf) => perf.run(),
             Task::Status(status) => status.run(),
             Task::Sync(sync) => sync.run(),

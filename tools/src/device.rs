@@ -154,8 +154,20 @@ where
 pub struct Identity {
     /// Identify Controller data.
     pub controller: Box<IdentifyController>,
-    /// Identify Namespace data by namespace id.
-    pub namespaces: Vec<(u32, Box<IdentifyNamespace>)>,
+    /// Bytes of the smallest memory page, CAP.MPSMIN: the unit of MDTS.
+    pub smallest_page: u64,
+    /// The active namespaces.
+    pub namespaces: Vec<NamespaceIdentity>,
+}
+
+/// What one namespace says about itself.
+pub struct NamespaceIdentity {
+    /// Its identifier.
+    pub nsid: u32,
+    /// Identify Namespace data.
+    pub data: Box<IdentifyNamespace>,
+    /// Why it cannot be used.
+    pub problem: Option<String>,
 }
 
 /// Asks the device what it is.
@@ -164,12 +176,18 @@ pub struct Identity {
 /// It cannot be opened.
 pub fn identify(spec: &DeviceSpec) -> Result<Identity, Failure> {
     let controller = open(spec)?;
+    let info = controller.info();
     let identity = Identity {
-        controller: controller.info().raw.clone(),
+        controller: info.raw.clone(),
+        smallest_page: 4096 << info.cap.mpsmin(),
         namespaces: controller
             .namespaces()
             .iter()
-            .map(|entry| (entry.nsid.get(), entry.raw.clone()))
+            .map(|entry| NamespaceIdentity {
+                nsid: entry.nsid.get(),
+                data: entry.raw.clone(),
+                problem: entry.checked.as_ref().err().map(ToString::to_string),
+            })
             .collect(),
     };
     controller.shutdown().during(format_args!("{spec} did not shut down"))?;

@@ -1,11 +1,13 @@
 //! The command line as scripts see it: help, exit codes, JSON documents.
 
+use std::io::BufRead;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-const SUBCOMMANDS: [&str; 8] = ["up", "mkfs", "fsck", "dump", "identify", "perf", "status", "sync"];
+const SUBCOMMANDS: [&str; 10] =
+    ["up", "mkfs", "fsck", "dump", "list", "identify", "smart", "perf", "status", "sync"];
 
 fn run(program: &str, arguments: &[&str]) -> Output {
     Command::new(program).args(arguments).stdin(Stdio::null()).output().expect("cargo has built the program")
@@ -40,7 +42,7 @@ fn every_help_has_an_example() {
 
 #[test]
 fn senseless_command_lines_exit_with_2() {
-    let cases: [&[&str]; 9] = [
+    let cases: [&[&str]; 12] = [
         &[],
         &["fly"],
         &["mkfs"],
@@ -49,6 +51,9 @@ fn senseless_command_lines_exit_with_2() {
         &["perf", "--device", "emu:mem,size=1GiB", "--rw", "sideways"],
         &["perf", "--device", "emu:mem,size=1GiB", "--rw", "read", "--bs", "1000"],
         &["perf", "--device", "emu:mem,size=1GiB", "--rw", "read", "--iodepth", "0"],
+        &["perf", "--device", "emu:mem,size=1GiB", "--rw", "rw", "--rwmixread", "101"],
+        &["perf", "--rw", "read"],
+        &["smart"],
         &["up", "--cores", "x"],
     ];
     for arguments in cases {
@@ -61,7 +66,7 @@ fn senseless_command_lines_exit_with_2() {
 
 #[test]
 fn perf_gives_the_documented_keys() {
-    for rw in ["randread", "randwrite", "read", "write", "randrw"] {
+    for rw in ["randread", "randwrite", "read", "write", "randrw", "rw"] {
         let output = pollux(&[
             "perf",
             "--device",
@@ -88,7 +93,102 @@ fn perf_gives_the_documented_keys() {
         assert!(ascending.is_sorted(), "{rw}: {document}");
         assert!(latency("min") <= latency("mean") && latency("mean") <= latency("max"), "{rw}: {document}");
         let ratio = document["bw_bytes"].as_f64().unwrap() / document["iops"].as_f64().unwrap();
-        assert!((ratio - 4096.0).abs() < 1e-6, "{rw}: {document}");
+        // The bandwidth is a whole number.
+        assert!((ratio - 4096.0).abs() < 1.0, "{rw}: {document}");
+        let of = |kind: &str| document[kind]["iops"].as_f64().unwrap();
+        assert_eq!(of("read") > 0.0, !rw.ends_with("write"), "{rw}: {document}");
+        assert_eq!(of("write") > 0.0, !rw.ends_with("read"), "{rw}: {document}");
+        assert!(
+            (of("read") + of("write") - document["iops"].as_f64().unwrap()).abs() < 1.0,
+            "{rw}: {document}"
+        );
+    }
+}
+
+#[test]
+fn perf_on_several_devices_reports_each_and_the_total() {
+    let output = pollux(&[
+        "perf",
+        "--device",
+        "emu:mem,size=64MiB",
+        "--device",
+        "emu:mem,size=32MiB,lba=512",
+        "--rw",
+        "randrw",
+        "--rwmixread",
+        "50",
+        "--cores",
+        "0,1",
+        "--iodepth",
+        "4",
+        "--runtime",
+        "0.2",
+        "--json",
+    ]);
+    let document = document(&output);
+    let devices = document["devices"].as_array().unwrap();
+    assert_eq!(devices.len(), 2);
+    let iops = |value: &Value| value["iops"].as_f64().unwrap();
+    let sum: f64 = devices.iter().map(iops).sum();
+    assert!((sum - iops(&document)).abs() < 1.0, "{document}");
+    for device in devices {
+        assert!(iops(device) > 0.0 && device["lat_ns"]["p99"].as_u64().unwrap() > 0, "{device}");
+    }
+    assert_eq!(devices[1]["device"], "emu:mem,size=32MiB,lba=512");
+    assert_eq!(document["cores"], serde_json::json!([0, 1]));
+}
+
+#[test]
+fn perf_without_latency_says_null() {
+    let arguments = ["--rw", "read", "--runtime", "0.1", "--no-latency", "--json"];
+    let document = document(&pollux(&[&["perf", "--device", "emu:mem,size=64MiB"], &arguments[..]].concat()));
+    assert!(document["iops"].as_f64().unwrap() > 0.0);
+    assert!(document["lat_ns"].is_null(), "{document}");
+}
+
+#[test]
+fn interrupted_perf_shows_the_figures_so_far() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_pollux"))
+        .args(["perf", "--device", "emu:mem,size=64MiB", "--rw", "randread", "--runtime", "3600"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The first line of progress says that it runs.
+    let mut line = String::new();
+    let mut progress = std::io::BufReader::new(child.stderr.take().unwrap());
+    progress.read_line(&mut line).unwrap();
+    assert!(line.contains("IOPS"), "{line}");
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    assert!(said(&output).contains("iops"), "{}", said(&output));
+}
+
+#[test]
+fn smart_has_the_field_names_of_nvme_cli() {
+    let document = document(&pollux(&["smart", "--device", "emu:mem,size=64MiB", "--json"]));
+    let keys = "critical_warning temperature avail_spare spare_thresh percent_used data_units_read data_units_written \
+        host_read_commands host_write_commands controller_busy_time power_cycles power_on_hours unsafe_shutdowns \
+        media_errors num_err_log_entries warning_temp_time critical_comp_time";
+    for key in keys.split_whitespace() {
+        assert!(document[key].is_u64(), "{key}: {document}");
+    }
+    let text = said(&pollux(&["smart", "--device", "emu:mem,size=64MiB"]));
+    assert!(text.contains("temperature") && text.contains(" K)"), "{text}");
+}
+
+/// Whatever this host has, the list is a table or says that there is nothing.
+#[test]
+fn list_works_on_any_host() {
+    let document = document(&pollux(&["list", "--json"]));
+    let controllers = document["controllers"].as_array().unwrap();
+    let text = said(&pollux(&["list"]));
+    assert_eq!(controllers.is_empty(), text.contains("no NVMe controllers"), "{text}");
+    for controller in controllers {
+        assert!(text.contains(controller["address"].as_str().unwrap()), "{text}");
     }
 }
 
@@ -136,8 +236,11 @@ fn identify_has_the_field_names_of_nvme_cli() {
     assert_eq!(namespace["nsze"], (64 << 20) / 512);
     let format = usize::try_from(namespace["flbas"].as_u64().unwrap() & 0xf).unwrap();
     assert_eq!(namespace["lbafs"][format]["ds"], 9);
+    assert_eq!(namespace["lbafs"][format]["in_use"], true);
+    assert!(namespace["problem"].is_null(), "{namespace}");
     let text = said(&pollux(&["identify", "--device", "emu:mem,size=64MiB"]));
     assert!(text.contains("nsze") && text.contains("mdts"), "{text}");
+    assert_eq!(text.matches("(in use)").count(), 1, "{text}");
 }
 
 #[test]

@@ -217,7 +217,12 @@ impl Perf {
             }
         })?;
         self.watch(&running, signals)?;
-        running.finish().during("cannot measure")
+        let mut measured = running.finish().during("cannot measure")?;
+        // By the spec that the user gave: several devices in memory have the same name.
+        for (device, spec) in measured.devices.iter_mut().zip(&self.devices) {
+            device.device = spec.to_string();
+        }
+        Ok(measured)
     }
 
     /// Shows how it goes until the time is up or somebody asks for the end.
@@ -301,12 +306,15 @@ impl Perf {
     fn print(&self, measured: &Measured) {
         let names: Vec<String> = self.devices.iter().map(ToString::to_string).collect();
         outln!(
-            "{} {} {} requests, {} in flight on each of {} queues, {:.1} s",
+            "{} {} {} requests, {} in flight on {}, {:.1} s",
             names.join(" "),
             self.rw.name(),
             show_size(self.bs),
             self.iodepth,
-            self.cores.ids().len() * self.devices.len(),
+            match self.cores.ids().len() * self.devices.len() {
+                1 => "one queue".to_owned(),
+                queues => format!("each of {queues} queues"),
+            },
             measured.elapsed.as_secs_f64()
         );
         if measured.devices.len() > 1 {

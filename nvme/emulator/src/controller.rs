@@ -165,8 +165,8 @@ impl EmulatedController {
         self.core.vectors.get(usize::from(vector)).ok_or(EmulatorError::NoVector { vector, count })
     }
 
-    /// Executes one arbitration round: of each submission queue in turn, up to the arbitration burst. Returns the number
-    /// of commands executed. For [`Mode::Stepped`]; harmless otherwise.
+    /// Executes one arbitration round: of each submission queue in turn, up to the arbitration burst, and what waited there
+    /// and has become due. Returns how much that was. For [`Mode::Stepped`]; harmless otherwise.
     pub fn step(&self) -> usize {
         self.core.round(0, 1)
     }

@@ -348,3 +348,56 @@ impl FaultBook {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::faults::CommandMatch;
+    use nvme_spec::NamespaceId;
+
+    fn flush() -> SubmissionEntry {
+        SubmissionEntry::flush(NamespaceId::new(1))
+    }
+
+    #[test]
+    fn rules_that_can_act_no_more_cost_nothing() {
+        let book = FaultBook::default();
+        assert!(!book.commands_armed());
+        let id = book.add(FaultRule::new(CommandMatch::any(), Effect::Drop).times(Times::N(2)));
+        for _ in 0..2 {
+            assert!(book.commands_armed());
+            assert_eq!(book.judge(1, &flush()).fate, Fate::Vanish);
+        }
+        assert!(!book.commands_armed());
+        assert_eq!(book.fired(id), 2);
+        let register = book.add_register(RegisterFault::NeverReady, 0);
+        assert!(book.registers_armed());
+        book.remove(register);
+        assert!(!book.registers_armed());
+    }
+
+    #[test]
+    fn memory_of_stale_reads_is_bounded_and_blocks_in_it_stay_current() {
+        let book = FaultBook::default();
+        book.add(FaultRule::new(CommandMatch::any(), Effect::StaleRead).times(Times::Forever));
+        for lba in 0..MAX_STALE_BLOCKS as u64 + 5 {
+            book.keep_old(1, lba, &[1]);
+        }
+        book.keep_old(1, 3, &[2]);
+        let read = |slba| book.judge(1, &SubmissionEntry::read(NamespaceId::new(1), slba, 0)).stale;
+        assert_eq!(read(3), [(0, Box::from([2_u8]))]);
+        assert!(read(MAX_STALE_BLOCKS as u64).is_empty());
+    }
+
+    #[test]
+    fn held_command_may_go_after_a_release_that_came_after_it() {
+        let book = FaultBook::default();
+        let hold = Effect::Hold { abort: HeldAbort::Obeyed };
+        let id = book.add(FaultRule::new(CommandMatch::any(), hold).times(Times::Forever));
+        book.release(id);
+        let Wait::Release { rule, releases, .. } = book.judge(1, &flush()).wait else { panic!() };
+        assert!(!book.may_go(rule, releases), "that release was not for it");
+        book.release(id);
+        assert!(book.may_go(rule, releases));
+    }
+}

@@ -14,6 +14,7 @@ use crate::bring_up::BringUpError;
 use crate::controller::{Controller, ControllerOptions, Keeper, Recovery};
 use crate::spec_string::{DeviceSpec, EmulatedBacking, EmulatedMode, EmulatedSpec, Target};
 use crate::transport::embedded::EmbeddedTransport;
+use crate::transport::vfio::{VfioError, VfioTransport};
 use crate::transport::vfio_user::{self, VfioUserError, VfioUserTransport};
 use crate::transport::{SystemTiming, Timing, Transport};
 
@@ -21,16 +22,6 @@ use crate::transport::{SystemTiming, Timing, Transport};
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// A transport of a later version.
-    #[error(
-        "{device}: {transport} devices are not supported yet in this version; use `emu:PATH,size=4GiB` or `emu:mem,size=1GiB`"
-    )]
-    Unsupported {
-        /// The spec.
-        device: String,
-        /// What is missing.
-        transport: &'static str,
-    },
     /// The embedded controller could not be made.
     #[error("{device}: {source}")]
     Emulator {
@@ -39,6 +30,9 @@ pub enum OpenError {
         /// What went wrong.
         source: EmulatorError,
     },
+    /// The controller on PCI could not be opened.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
     /// The server behind a vfio-user socket cannot be used.
     #[error(transparent)]
     VfioUser(#[from] VfioUserError),
@@ -79,9 +73,7 @@ pub fn open(spec: &DeviceSpec, options: OpenOptions) -> Result<Arc<Controller>, 
                 .map_err(|source| OpenError::Emulator { device: spec.to_string(), source })?;
             Arc::new(EmbeddedTransport::new(controller, device_name(emulated)))
         }
-        Target::Pci(_) => {
-            return Err(OpenError::Unsupported { device: spec.to_string(), transport: "PCI" });
-        }
+        Target::Pci(address) => VfioTransport::open(*address)?,
         Target::VfioUser(path) => Arc::new(VfioUserTransport::connect(path, vfio_user::DEFAULT_TIMEOUT)?),
     };
     let controller_options = ControllerOptions {

@@ -19,6 +19,7 @@ pub mod embedded;
 #[cfg(test)]
 pub(crate) mod fake;
 pub mod slab;
+pub mod vfio;
 pub mod vfio_user;
 
 /// Why the way to the controller failed.
@@ -52,6 +53,14 @@ pub enum TransportError {
     /// The transport cannot do this.
     #[error("the transport cannot {0}")]
     Unsupported(&'static str),
+    /// The device or the system refused.
+    #[error("cannot {what}: {reason}")]
+    Failed {
+        /// What was asked for.
+        what: &'static str,
+        /// The system's words.
+        reason: String,
+    },
 }
 
 /// The way to one controller. Calls may block for microseconds, and for milliseconds on transports by message, except

@@ -26,6 +26,7 @@ mod identify;
 mod list;
 mod mkfs;
 mod perf;
+mod serve;
 mod smart;
 mod status;
 mod sync;
@@ -41,6 +42,7 @@ Exit codes:
 Device specs:
   emu:PATH[,size=4GiB][,lba=512|4096][,queues=N][,ns=ID]   embedded controller on a sparse file
   emu:mem,size=1GiB[,...]                                  embedded controller in memory
+  vfio-user:PATH[,queues=N][,ns=ID]                        controller behind a vfio-user socket
 
 Example:
   pollux up --image ./pollux.img --size 4GiB --mount ./pollux-mnt";
@@ -63,6 +65,7 @@ enum Task {
     Identify(identify::Identify),
     Smart(smart::Smart),
     Perf(perf::Perf),
+    Serve(serve::Serve),
     Status(status::Status),
     Sync(sync::Sync),
 }
@@ -79,6 +82,7 @@ impl Pollux {
             Task::Identify(identify) => identify.run(),
             Task::Smart(smart) => smart.run(),
             Task::Perf(perf) => perf.run(),
+            Task::Serve(serve) => serve.run(),
             Task::Status(status) => status.run(),
             Task::Sync(sync) => sync.run(),
         };

@@ -108,6 +108,13 @@ impl Alarm {
     }
 }
 
+/// Readable while a signal waits to be read.
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
+}
+
 impl AsFd for Alarm {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.event.as_fd()

@@ -6,8 +6,8 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-const SUBCOMMANDS: [&str; 10] =
-    ["up", "mkfs", "fsck", "dump", "list", "identify", "smart", "perf", "status", "sync"];
+const SUBCOMMANDS: [&str; 11] =
+    ["up", "mkfs", "fsck", "dump", "list", "identify", "smart", "perf", "serve", "status", "sync"];
 
 fn run(program: &str, arguments: &[&str]) -> Output {
     Command::new(program).args(arguments).stdin(Stdio::null()).output().expect("cargo has built the program")
@@ -284,4 +284,69 @@ fn reader_that_leaves_early_is_no_error_message() {
         .unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     assert_eq!(output.status.code(), Some(141));
+}
+
+/// Starts a server and waits until its socket is there.
+fn serve(socket: &Path) -> std::process::Child {
+    let spec = ["serve", "--device", "emu:mem,size=64MiB", "--socket", socket.to_str().unwrap()];
+    let mut child = Command::new(env!("CARGO_BIN_EXE_pollux"))
+        .args(spec)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // It says where it listens once it does.
+    let mut line = String::new();
+    let output = child.stdout.take().unwrap();
+    let mut output = std::io::BufReader::new(output);
+    std::io::BufRead::read_line(&mut output, &mut line).unwrap();
+    assert!(line.contains(&socket.display().to_string()), "{line}");
+    child.stdout = Some(output.into_inner());
+    child
+}
+
+fn terminate(child: &mut std::process::Child) -> Option<i32> {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    child.wait().unwrap().code()
+}
+
+#[test]
+fn served_controller_is_used_by_another_process_and_ends_on_a_signal() {
+    let scratch = tempfile::tempdir().unwrap();
+    let socket = scratch.path().join("cntrl");
+    let mut server = serve(&socket);
+    let spec = format!("vfio-user:{}", socket.display());
+    let document = document(&pollux(&["identify", "--device", &spec, "--json"]));
+    assert_eq!(document["namespaces"][0]["nsid"], 1);
+    let second = pollux(&["serve", "--device", "emu:mem,size=1MiB", "--socket", socket.to_str().unwrap()]);
+    assert_eq!(second.status.code(), Some(1), "{}", said(&second));
+    assert!(said(&second).contains("served by another process"), "{}", said(&second));
+    assert_eq!(terminate(&mut server), Some(0));
+    assert!(!socket.exists());
+    let output = pollux(&["identify", "--device", &spec]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said(&output).contains("is the server running"), "{}", said(&output));
+}
+
+#[test]
+fn serve_replaces_a_dead_socket_and_nothing_else() {
+    let scratch = tempfile::tempdir().unwrap();
+    let socket = scratch.path().join("cntrl");
+    let mut killed = serve(&socket);
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    assert!(socket.exists());
+    let mut next = serve(&socket);
+    assert_eq!(terminate(&mut next), Some(0));
+    std::fs::write(&socket, "precious").unwrap();
+    let arguments = ["serve", "--device", "emu:mem,size=1MiB", "--socket", socket.to_str().unwrap()];
+    let output = pollux(&arguments);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said(&output).contains("not a socket"), "{}", said(&output));
+    assert_eq!(std::fs::read(&socket).unwrap(), b"precious");
+    let output = pollux(&["serve", "--device", "pci:0000:01:00.0", "--socket", "/nowhere/x"]);
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    let output = pollux(&["serve", "--device", "emu:mem,size=1MiB", "--socket", "/nowhere/at/all"]);
+    assert!(said(&output).contains("mkdir -p /nowhere/at"), "{}", said(&output));
 }

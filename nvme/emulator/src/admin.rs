@@ -26,6 +26,7 @@ use crate::controller::{Core, Outcome};
 use crate::dma::DmaDirection;
 use crate::locks::lock;
 use crate::queue::SubmissionQueue;
+use crate::shadow::ShadowBuffers;
 use events::{ChangedNamespaceIds, EventQueue, Health};
 use features::Features;
 
@@ -43,6 +44,8 @@ pub(crate) struct AdminState {
     events: EventQueue,
     pub(crate) health: Health,
     changed_namespaces: ChangedNamespaceIds,
+    /// Shadow doorbells, once the host has configured them.
+    pub(crate) shadow: Option<ShadowBuffers>,
     /// Newest first.
     error_log: VecDeque<ErrorEntry>,
     error_count: u64,
@@ -59,6 +62,7 @@ impl AdminState {
     /// A reset: what belongs to commands and queues is gone, logs stay.
     pub(crate) fn forget_commands(&mut self) {
         self.events = EventQueue::default();
+        self.shadow = None;
         self.late.clear();
     }
 
@@ -114,6 +118,7 @@ impl Core {
             AdminOpcode::ABORT => Ok(self.abort(queue, entry)),
             AdminOpcode::SET_FEATURES => self.set_features(queue, entry),
             AdminOpcode::GET_FEATURES => self.get_features(queue, entry),
+            AdminOpcode::DOORBELL_BUFFER_CONFIG => self.configure_doorbell_buffers(queue.page_shift, entry),
             AdminOpcode::FORMAT_NVM => self.format_nvm(entry),
             AdminOpcode::ASYNC_EVENT_REQUEST => self.hold_event_request(entry),
             _ => Err(StatusCode::INVALID_OPCODE),

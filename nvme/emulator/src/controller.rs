@@ -530,7 +530,8 @@ impl Core {
             let slot = &self.submission[qid];
             let mut due =
                 || slot.due_ns().is_some_and(|due| due <= *now.get_or_insert_with(|| self.now_ns()));
-            if slot.has_work() || due() {
+            // What a shadow tail says is only known by looking.
+            if slot.has_work() || slot.is_shadowed() || due() {
                 executed += self.run_queue(qid as u16, burst) as usize;
             }
         }

@@ -41,6 +41,7 @@ mod queue_watch;
 mod registers;
 pub mod serve;
 mod sgl;
+mod shadow;
 mod store;
 mod worker;
 

@@ -32,6 +32,7 @@ use crate::faults::diversion::Diversion;
 use crate::gate::WriterFlag;
 use crate::io::{FUSE_FIRST, FUSE_SECOND};
 use crate::namespaces::{NamespaceList, NamespaceTable, NamespaceView};
+use crate::shadow::{Arming, ShadowDoorbell};
 
 /// Commands that one queue may have marked for abortion before they are fetched.
 pub(crate) const MAX_MARKED_ABORTS: usize = 64;
@@ -86,6 +87,8 @@ pub(crate) struct SubmissionSlot {
     due: AtomicU64,
     /// Tail at which the queue ends with the first half of a fused pair: there is nothing to do until it moves.
     half_pair_at: AtomicU32,
+    /// The tail is kept in memory (`shadow`); what is written to the register only says that it moved.
+    shadowed: AtomicBool,
     pub(crate) queue: Mutex<Option<SubmissionQueue>>,
     pub(crate) stats: QueueStats,
     /// Its commands are changing a store.
@@ -131,6 +134,17 @@ impl SubmissionSlot {
         self.exists()
             && (self.kicked.load(Ordering::Acquire)
                 || (!self.blocked.load(Ordering::Acquire) && self.has_entries()))
+    }
+
+    /// Whether the tail is kept in memory.
+    pub(crate) fn is_shadowed(&self) -> bool {
+        self.shadowed.load(Ordering::Acquire)
+    }
+
+    /// Has a queue keep its tail in memory. The caller holds `queue`'s lock and passes what it guards.
+    pub(crate) fn set_shadow(&self, queue: &mut SubmissionQueue, shadow: ShadowDoorbell) {
+        queue.shadow = Some(shadow);
+        self.shadowed.store(true, Ordering::Release);
     }
 
     fn has_entries(&self) -> bool {
@@ -185,6 +199,7 @@ impl SubmissionSlot {
         self.kicked.store(false, Ordering::Relaxed);
         self.due.store(0, Ordering::Relaxed);
         self.half_pair_at.store(NO_TAIL, Ordering::Relaxed);
+        self.shadowed.store(queue.shadow.is_some(), Ordering::Relaxed);
         let entries = queue.ring.entries;
         *place = Some(queue);
         // Release: who sees the queue exist sees its zeroed positions.
@@ -205,7 +220,9 @@ impl SubmissionSlot {
             0 => DoorbellCheck::NoQueue,
             entries if tail >= entries => DoorbellCheck::BadValue,
             _ => {
-                self.tail.store(tail, Ordering::Release);
+                if !self.is_shadowed() {
+                    self.tail.store(tail, Ordering::Release);
+                }
                 DoorbellCheck::Accepted
             }
         }
@@ -233,6 +250,8 @@ pub(crate) struct SubmissionQueue {
     /// Ring indices of waiting commands that are to be aborted when they are reached.
     aborts: Vec<u32>,
     pub(crate) namespaces: NamespaceView,
+    /// Where the host keeps the tail, if not in the register.
+    pub(crate) shadow: Option<ShadowDoorbell>,
     /// Which pairs are looked for.
     fused: FusedOperations,
     /// The second half of the pair whose first half was fetched last.
@@ -269,6 +288,7 @@ impl SubmissionQueue {
             last_cid: None,
             aborts: Vec::new(),
             namespaces: NamespaceView::default(),
+            shadow: None,
             fused,
             pair: None,
             second_result: None,
@@ -282,7 +302,7 @@ impl SubmissionQueue {
         &mut self,
         slot: &SubmissionSlot,
     ) -> Result<Option<(SubmissionEntry, bool)>, Unmapped> {
-        if self.head == slot.tail() {
+        if !self.is_submitted(slot, self.head)? {
             return Ok(None);
         }
         self.view.refresh();
@@ -306,13 +326,49 @@ impl SubmissionQueue {
         Ok(Some((entry, aborted)))
     }
 
+    /// Whether there is an entry at `index`, which is the tail or before it.
+    #[inline]
+    fn is_submitted(&mut self, slot: &SubmissionSlot, index: u32) -> Result<bool, Unmapped> {
+        if index != slot.tail() {
+            return Ok(true);
+        }
+        match self.shadow {
+            None => Ok(false),
+            Some(shadow) => self.poll_shadow(slot, shadow),
+        }
+    }
+
+    /// Looks for a new tail in memory; true if there is one.
+    fn poll_shadow(&mut self, slot: &SubmissionSlot, shadow: ShadowDoorbell) -> Result<bool, Unmapped> {
+        let moved = self.take_shadow(slot, shadow)?;
+        if moved || shadow.arming == Arming::BeforeSleep { Ok(moved) } else { self.arm(slot) }
+    }
+
+    /// Asks for a register write once there are new entries; true if there are some already.
+    pub(crate) fn arm(&mut self, slot: &SubmissionSlot) -> Result<bool, Unmapped> {
+        let Some(shadow) = self.shadow else { return Ok(false) };
+        self.view.refresh();
+        shadow.ask(&mut self.view, slot.tail())?;
+        self.take_shadow(slot, shadow)
+    }
+
+    fn take_shadow(&mut self, slot: &SubmissionSlot, shadow: ShadowDoorbell) -> Result<bool, Unmapped> {
+        self.view.refresh();
+        let (old, tail) = (slot.tail(), shadow.read(&mut self.view)?);
+        if tail == old || tail >= self.ring.entries {
+            return Ok(false); // a value that cannot be is no news
+        }
+        slot.tail.store(tail, Ordering::Release);
+        Ok(true)
+    }
+
     /// Looks at the entry after the first half of a pair. `None` if it is still to come; else whether it is marked for
     /// abortion.
     #[cold]
     fn fetch_second(&mut self, slot: &SubmissionSlot) -> Result<Option<bool>, Unmapped> {
-        let (next, tail) = (self.ring.next(self.head), slot.tail());
-        if next == tail {
-            slot.set_half_pair_at(tail);
+        let next = self.ring.next(self.head);
+        if !self.is_submitted(slot, next)? {
+            slot.set_half_pair_at(next);
             return Ok(None);
         }
         slot.set_half_pair_at(NO_TAIL);
@@ -434,6 +490,8 @@ pub(crate) struct CompletionSlot {
     tail: AtomicU32,
     /// A submission queue waits for room.
     stalled: AtomicBool,
+    /// The head is kept in memory (`shadow`).
+    shadowed: AtomicBool,
     pub(crate) queue: Mutex<Option<CompletionQueue>>,
     pub(crate) doorbells: AtomicU64,
 }
@@ -447,6 +505,8 @@ pub(crate) struct CompletionQueue {
     /// Interrupt vector, if interrupts are enabled.
     pub(crate) vector: Option<u16>,
     view: DmaView,
+    /// Where the host keeps the head, if not in the register.
+    pub(crate) shadow: Option<ShadowDoorbell>,
 }
 
 /// The phase tag that an entry is posted with.
@@ -480,7 +540,7 @@ pub(crate) enum Posted {
 
 impl CompletionQueue {
     pub(crate) fn new(ring: RingShape, vector: Option<u16>, dma: &DmaSpace) -> Self {
-        Self { ring, tail: 0, phase: true, vector, view: dma.view() }
+        Self { ring, tail: 0, phase: true, vector, view: dma.view(), shadow: None }
     }
 
     fn store(&mut self, entry: &CompletionEntry) -> Result<(), Unmapped> {
@@ -505,6 +565,7 @@ impl CompletionSlot {
         self.head.store(0, Ordering::Relaxed);
         self.tail.store(0, Ordering::Relaxed);
         self.stalled.store(false, Ordering::Relaxed);
+        self.shadowed.store(queue.shadow.is_some(), Ordering::Relaxed);
         let entries = queue.ring.entries;
         *place = Some(queue);
         // Release: who sees the queue exist sees its zeroed positions.
@@ -528,14 +589,42 @@ impl CompletionSlot {
         let old = self.head.load(Ordering::Relaxed);
         // The tail is stored before an entry becomes visible, so a host that saw the entry does not exceed it.
         let posted = ring.distance(old, self.tail.load(Ordering::Acquire));
-        if head >= entries || ring.distance(old, head) > posted {
+        // A register write may be older than the shadow; then it says only that there is news.
+        let shadowed = self.shadowed.load(Ordering::Acquire);
+        if head >= entries || (!shadowed && ring.distance(old, head) > posted) {
             return (DoorbellCheck::BadValue, false);
         }
-        self.head.store(head, Ordering::Release);
+        if !shadowed {
+            self.head.store(head, Ordering::Release);
+        }
         // See the module's *Memory ordering*.
         fence(Ordering::SeqCst);
         let stalled = self.stalled.load(Ordering::Relaxed) && self.stalled.swap(false, Ordering::AcqRel);
         (DoorbellCheck::Accepted, stalled)
+    }
+
+    pub(crate) fn head(&self) -> u32 {
+        self.head.load(Ordering::Acquire)
+    }
+
+    /// Has a queue keep its head in memory. The caller holds `queue`'s lock and passes what it guards.
+    pub(crate) fn set_shadow(&self, queue: &mut CompletionQueue, shadow: ShadowDoorbell) {
+        queue.shadow = Some(shadow);
+        self.shadowed.store(true, Ordering::Release);
+    }
+
+    /// Looks for a new head in memory, having asked for a register write should there be one later.
+    fn poll_shadow(&self, queue: &mut CompletionQueue) -> Result<(), Unmapped> {
+        let Some(shadow) = queue.shadow else { return Ok(()) };
+        queue.view.refresh();
+        let old = self.head();
+        shadow.ask(&mut queue.view, old)?;
+        let head = shadow.read(&mut queue.view)?;
+        let posted = queue.ring.distance(old, queue.tail);
+        if head < queue.ring.entries && queue.ring.distance(old, head) <= posted {
+            self.head.store(head, Ordering::Release);
+        }
+        Ok(())
     }
 
     /// Posts an entry with the phase tag of its slot, if there is room.
@@ -554,6 +643,9 @@ impl CompletionSlot {
             self.stalled.store(true, Ordering::Relaxed);
             // See the module's *Memory ordering*.
             fence(Ordering::SeqCst);
+            if self.poll_shadow(queue).is_err() {
+                return Posted::Unmapped;
+            }
             if next == self.head.load(Ordering::Acquire) {
                 return Posted::Full;
             }

@@ -126,6 +126,7 @@ fn sleep(core: &Core, index: usize, step: usize) {
     me.asleep.store(true, Ordering::Relaxed);
     // See the module's *Memory ordering*.
     fence(Ordering::SeqCst);
+    core.arm_shadows(index, step);
     let wanted = set.stopping.load(Ordering::Acquire)
         || (index == 0 && set.handshake.load(Ordering::Acquire))
         || core.has_work(index, step);

@@ -68,7 +68,9 @@ impl Core {
         }
         let ring = self.ring_shape(page_shift, entry, CQE_BYTES, DmaDirection::ToHost)?;
         let slot = &self.completion[usize::from(qid)];
-        slot.install(&mut lock(&slot.queue), CompletionQueue::new(ring, vector, &self.dma));
+        let mut queue = CompletionQueue::new(ring, vector, &self.dma);
+        queue.shadow = self.new_shadow(qid, Doorbell::CompletionHead)?;
+        slot.install(&mut lock(&slot.queue), queue);
         self.queue_began(qid, Doorbell::CompletionHead);
         Ok(Outcome::Done(0))
     }
@@ -96,7 +98,8 @@ impl Core {
         }
         let ring = self.ring_shape(page_shift, entry, SQE_BYTES, DmaDirection::FromHost)?;
         let slot = &self.submission[usize::from(qid)];
-        let queue = SubmissionQueue::new(self.config.fused, ring, cqid, page_shift, &self.dma);
+        let mut queue = SubmissionQueue::new(self.config.fused, ring, cqid, page_shift, &self.dma);
+        queue.shadow = self.new_shadow(qid, Doorbell::SubmissionTail)?;
         slot.install(&mut lock(&slot.queue), queue);
         self.queue_began(qid, Doorbell::SubmissionTail);
         Ok(Outcome::Done(0))

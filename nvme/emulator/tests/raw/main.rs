@@ -18,3 +18,4 @@ mod queues;
 mod removal;
 mod reset;
 mod sgl;
+mod shadow;

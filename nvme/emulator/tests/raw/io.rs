@@ -290,6 +290,34 @@ fn without_a_write_cache_nothing_is_ever_unflushed() {
 }
 
 #[test]
+fn smallest_memory_page_is_the_unit_of_mdts_and_smaller_ones_are_refused() {
+    let config = ControllerConfig { mpsmin: 2, mdts: 1, ..memory_config(16 << 20, 4096) };
+    let ctrl = nvme_emulator::EmulatedController::new(config).unwrap();
+    let cap = nvme_spec::registers::Cap::from(ctrl.read64(nvme_spec::registers::CAP));
+    assert_eq!((cap.mpsmin(), cap.mpsmax()), (2, 4));
+    let admin = crate::initiator::Pair::new(&ctrl, 0, 0, 32, 32);
+    ctrl.write32(nvme_spec::registers::AQA, 31 | 31 << 16);
+    ctrl.write64(nvme_spec::registers::ASQ, admin.sq.iova());
+    ctrl.write64(nvme_spec::registers::ACQ, admin.cq.iova());
+    for (mps, good) in [(0, false), (1, false), (2, true), (5, false)] {
+        ctrl.write32(nvme_spec::registers::CC, crate::initiator::cc().with_mps(mps).into());
+        let csts = nvme_spec::registers::Csts::from(ctrl.read32(nvme_spec::registers::CSTS));
+        assert_eq!((csts.rdy(), csts.cfs()), (good, !good), "{mps}");
+        ctrl.write32(nvme_spec::registers::CC, 0);
+    }
+    ctrl.write32(nvme_spec::registers::CC, crate::initiator::cc().with_mps(2).into());
+    let mut host = Host { ctrl, admin };
+    let mut io = host.io_pair(1, 16);
+    let region = host.map(64 << 10);
+    let mut command = read(0, 8); // 32 KiB: two pages of 16 KiB
+    command.prp1.set(region.iova());
+    command.prp2.set(region.iova() + (16 << 10));
+    io.ok(command);
+    command.cdw12.set(8);
+    assert_eq!(io.status(command), StatusCode::INVALID_FIELD);
+}
+
+#[test]
 fn larger_memory_pages_change_the_prp_rules() {
     let ctrl = nvme_emulator::EmulatedController::new(memory_config(16 << 20, 4096)).unwrap();
     let mut host = Host::enabled(ctrl);

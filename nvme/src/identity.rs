@@ -9,10 +9,12 @@ use std::fmt;
 
 use nvme_spec::NamespaceId;
 use nvme_spec::identify::{
-    IdentifyController, IdentifyControllerNvm, IdentifyNamespace, LBA_FORMATS, Oncs, Vwc,
+    IdentifyController, IdentifyControllerNvm, IdentifyNamespace, LBA_FORMATS, Nsfeat, Oncs, Vwc,
 };
 use nvme_spec::registers::{Cap, Version};
 use thiserror::Error;
+
+use crate::copy::CopyLimits;
 
 /// Largest logical block that the driver works with, as a power of two: 64 KiB.
 pub const MAX_LBA_SHIFT: u8 = 16;
@@ -118,6 +120,10 @@ pub struct Namespace {
     pub optimal_boundary: u16,
     /// Whether write zeroes may ask to deallocate (DLFEAT).
     pub zeroes_deallocate: bool,
+    /// Blocks of the largest atomic compare and write, if the namespace has its own limit (NACWU).
+    pub compare_and_write: Option<u32>,
+    /// Limits of one Copy command; `None` if they allow none.
+    pub copy: Option<CopyLimits>,
     /// Namespace globally unique identifier; zeroes if there is none.
     pub nguid: [u8; 16],
     /// IEEE extended unique identifier; zeroes if there is none.
@@ -180,6 +186,10 @@ impl Namespace {
             utilisation: raw.nuse.get(),
             optimal_boundary: raw.noiob.get(),
             zeroes_deallocate: raw.dlfeat & (1 << 3) != 0,
+            // Counted from zero, and yet 0 is "as the controller".
+            compare_and_write: (raw.nsfeat().contains(Nsfeat::ATOMICS) && raw.nacwu_z.get() != 0)
+                .then(|| u32::from(raw.nacwu_z.get()) + 1),
+            copy: CopyLimits::of(raw),
             nguid: raw.nguid,
             eui64: raw.eui64,
         })
@@ -218,6 +228,9 @@ pub struct ControllerInfo {
     pub max_verify: Option<u64>,
     /// Largest Write Zeroes in bytes (WZSL, 2.0); `None` if there is no limit, or the controller does not tell.
     pub max_zeroes: Option<u64>,
+    /// Blocks of the largest range of a deallocate (DMRSL and DMSL, 2.0); `None` if there is no limit, or the controller
+    /// does not tell.
+    pub max_deallocate: Option<u64>,
     /// Largest namespace identifier.
     pub nn: u32,
     /// Optional NVM commands.
@@ -255,6 +268,7 @@ impl ControllerInfo {
             max_transfer: max_transfer(raw.mdts, cap.mpsmin()),
             max_verify: None,
             max_zeroes: None,
+            max_deallocate: None,
             nn: raw.nn.get(),
             oncs: raw.oncs(),
             volatile_write_cache: raw.vwc().contains(Vwc::PRESENT),
@@ -266,6 +280,8 @@ impl ControllerInfo {
     pub(crate) fn apply_limits(&mut self, raw: &IdentifyControllerNvm) {
         self.max_verify = max_transfer(raw.vsl, self.cap.mpsmin());
         self.max_zeroes = max_transfer(raw.wzsl, self.cap.mpsmin());
+        let limits = [u64::from(raw.dmrsl.get()), raw.dmsl.get()];
+        self.max_deallocate = limits.into_iter().filter(|&blocks| blocks != 0).min();
     }
 }
 

@@ -5,7 +5,7 @@
 //! on, and every request is answered in bounded time.
 //!
 //! The modules from the wire up:
-//! - `ring`, `slots`, `prp`, `sgl`: arithmetic without memory, tested alone;
+//! - `ring`, `slots`, `prp`, `sgl`, `copy`: arithmetic without memory, tested alone;
 //! - `queue`: a queue pair's memory, doorbells and completion checks;
 //! - [`handshake`], [`identity`], `admin`: bring-up;
 //! - [`fault`]: what goes wrong with a controller, and the life it leads then;
@@ -15,6 +15,7 @@
 mod admin;
 mod bring_up;
 pub mod controller;
+mod copy;
 pub mod event;
 pub mod fault;
 pub mod handshake;
@@ -43,6 +44,7 @@ pub use controller::{
     CommandError, Controller, ControllerOptions, Feature, FormatError, FormatOptions, Keeper, NamespaceUid,
     Persistence, QueueError, Recovery,
 };
+pub use copy::CopyLimits;
 pub use event::ControllerEvent;
 pub use fault::{Fault, Life};
 pub use identity::{ControllerInfo, Namespace};
@@ -50,7 +52,9 @@ pub use keeper::ESCALATION_TIMEOUT;
 pub use open::{OpenError, OpenOptions, open};
 pub use pci::PciAddress;
 pub use queue::ProtocolError;
-pub use queue_pair::{Interrupts, LatencyRecording, QueueOptions, QueuePair};
+pub use queue_pair::{
+    Interrupts, LatencyRecording, NvmAbilities, NvmRequest, QueueOptions, QueuePair, RejectedNvm,
+};
 pub use recovery::REVIVAL_ATTEMPTS;
 pub use sgl::DataPointers;
 pub use spec_string::{DeviceSpec, SpecError};

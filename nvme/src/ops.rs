@@ -29,6 +29,11 @@ pub(crate) enum Kind {
     /// Writes of a page of zeroes, for controllers without Write Zeroes.
     WriteZeroPage,
     Deallocate,
+    Compare,
+    /// A fused pair: two commands, always together.
+    CompareAndWrite,
+    Verify,
+    Copy,
     /// Nothing to do on this device.
     Nothing,
 }
@@ -45,8 +50,20 @@ impl Kind {
             | Kind::WriteZeroes
             | Kind::WriteZeroPage
             | Kind::Deallocate
+            | Kind::Compare
+            | Kind::Verify
+            // Sources and destination do not overlap.
+            | Kind::Copy
             | Kind::Nothing => true,
+            // Once it took effect, the comparison fails.
+            Kind::CompareAndWrite => false,
         }
+    }
+
+    /// Whether its commands are not cut and built as those of the others are.
+    #[inline]
+    pub(crate) fn is_composite(self) -> bool {
+        matches!(self, Kind::CompareAndWrite | Kind::Copy)
     }
 
     pub(crate) fn latency_class(self) -> LatencyClass {
@@ -210,6 +227,10 @@ pub(crate) struct Cutter {
     pub(crate) boundary: u64,
     /// Blocks of the largest Write Zeroes.
     pub(crate) zeroes: u64,
+    /// Blocks of the largest Verify.
+    pub(crate) verify: u64,
+    /// Blocks of the largest range of a deallocate.
+    pub(crate) deallocate: u64,
 }
 
 /// Blocks of the largest command whose count is zero-based in 16 bits.
@@ -219,15 +240,18 @@ impl Cutter {
     /// Blocks of the next command of a request at `lba` with `left` blocks to go: at least 1, at most `left`.
     pub(crate) fn next(&self, kind: Kind, lba: u64, left: u64) -> u64 {
         let limit = match kind {
-            Kind::Read | Kind::Write | Kind::WriteDurable if self.boundary == 0 => self.transfer,
-            Kind::Read | Kind::Write | Kind::WriteDurable => {
+            Kind::Read | Kind::Write | Kind::WriteDurable | Kind::Compare if self.boundary == 0 => {
+                self.transfer
+            }
+            Kind::Read | Kind::Write | Kind::WriteDurable | Kind::Compare => {
                 // The boundary need not be a power of two.
                 self.transfer.min(self.boundary - lba % self.boundary)
             }
             Kind::WriteZeroPage => self.transfer,
             Kind::WriteZeroes => self.zeroes,
-            Kind::Deallocate => u64::from(u32::MAX),
-            Kind::Flush | Kind::Nothing => left,
+            Kind::Verify => self.verify,
+            Kind::Deallocate => self.deallocate,
+            Kind::CompareAndWrite | Kind::Copy | Kind::Flush | Kind::Nothing => left,
         };
         limit.min(left)
     }
@@ -242,11 +266,13 @@ mod tests {
         #[test]
         fn commands_cover_a_request_and_cross_no_boundary(
             lba in 0u64..1 << 40, count in 1u64..5000, transfer in 1u64..300, boundary in 0u64..100,
+            kind in prop::sample::select(vec![Kind::Read, Kind::Write, Kind::WriteDurable, Kind::Compare]),
         ) {
-            let cutter = Cutter { transfer, boundary, zeroes: MAX_COUNT_16 };
+            let cutter =
+                Cutter { transfer, boundary, zeroes: MAX_COUNT_16, verify: 1, deallocate: u64::from(u32::MAX) };
             let (mut at, mut left) = (lba, count);
             while left > 0 {
-                let n = cutter.next(Kind::Write, at, left);
+                let n = cutter.next(kind, at, left);
                 prop_assert!(n >= 1 && n <= left && n <= transfer);
                 let zone = |block: u64| block.checked_div(boundary);
                 prop_assert_eq!(zone(at), zone(at + n - 1));
@@ -254,6 +280,22 @@ mod tests {
                 left -= n;
             }
             prop_assert_eq!(at, lba + count);
+        }
+
+        #[test]
+        fn commands_without_data_keep_to_their_own_limits(
+            lba in 0u64..1 << 40, count in 1u64..1 << 20, limit in 1u64..MAX_COUNT_16,
+        ) {
+            let cutter =
+                Cutter { transfer: 1, boundary: 7, zeroes: limit, verify: limit, deallocate: limit };
+            for kind in [Kind::WriteZeroes, Kind::Verify, Kind::Deallocate] {
+                let mut left = count;
+                while left > 0 {
+                    let n = cutter.next(kind, lba + (count - left), left);
+                    prop_assert_eq!(n, left.min(limit));
+                    left -= n;
+                }
+            }
         }
     }
 }

@@ -15,6 +15,7 @@
 //! Excludes: what is done about the controller as a whole (`keeper`, `recovery`).
 
 mod build;
+mod nvm;
 mod recover;
 
 use std::collections::VecDeque;
@@ -25,6 +26,7 @@ use std::time::Duration;
 
 use nvme_spec::command::QueueInterrupt;
 use nvme_spec::identify::Oncs;
+use nvme_spec::registers::Version;
 use nvme_spec::{NamespaceId, QueueId, Status, StatusCode, StatusType};
 use reactor::block::{
     BlockDevice, Completion, Durability, Geometry, IoError, LbaCount, LbaRange, OpTag, RejectReason,
@@ -34,8 +36,9 @@ use reactor::clock::Instant;
 use reactor::dma::{DmaBuffer, DmaPool, DmaRegion};
 
 use crate::controller::{Controller, Keeper, QueueError, Shared};
+use crate::copy::Sources;
 use crate::fault::{Fault, Life, Pulse};
-use crate::identity::Namespace;
+use crate::identity::{ControllerInfo, Namespace};
 use crate::lane::Lane;
 use crate::ops::{Cutter, Kind, MAX_COUNT_16, Ops};
 use crate::queue::{Queue, Reaped};
@@ -45,6 +48,7 @@ use crate::stats::{Latencies, QueueCounters, add};
 use crate::transport::Listen;
 use crate::wake::Wake;
 use build::CommandBuilder;
+pub use nvm::{NvmAbilities, NvmRequest, RejectedNvm};
 use recover::{Aborting, Stage};
 pub use recover::{MAX_RESETS, MAX_RETRIES, MAX_TIMEOUTS};
 
@@ -52,7 +56,7 @@ pub use recover::{MAX_RESETS, MAX_RETRIES, MAX_TIMEOUTS};
 pub const WATCH_POLLS: u32 = 1024;
 /// Largest transfer of a command that options may ask for.
 pub const MAX_TRANSFER: usize = 64 << 20;
-/// Bytes of one Write Zeroes: controllers may take long for it and MDTS does not bound it.
+/// Bytes of one Write Zeroes or Verify: controllers may take long for it and MDTS does not bound it.
 const MAX_ZEROES_BYTES: u64 = 32 << 20;
 /// Unit of CRDT1 to 3.
 const RETRY_DELAY_UNIT: Duration = Duration::from_millis(100);
@@ -139,6 +143,11 @@ pub struct QueuePair {
     backlog: VecDeque<u16>,
     /// Operations that need no command.
     done: VecDeque<u16>,
+    /// Sources of the operations that are copies.
+    copies: Box<[Option<Sources>]>,
+    /// A fused pair in the backlog waits for two free slots: nobody may overtake it.
+    pair_waiting: bool,
+    abilities: NvmAbilities,
     cutter: Cutter,
     builder: CommandBuilder,
     geometry: Geometry,
@@ -213,11 +222,10 @@ impl QueuePair {
             first_lbas: vec![0; usize::from(slots)].into(),
             backlog: VecDeque::with_capacity(usize::from(slots)),
             done: VecDeque::with_capacity(usize::from(slots)),
-            cutter: Cutter {
-                transfer: (max_transfer as u64) >> namespace.lba_shift,
-                boundary: u64::from(namespace.optimal_boundary),
-                zeroes: (MAX_ZEROES_BYTES >> namespace.lba_shift).clamp(1, MAX_COUNT_16),
-            },
+            copies: vec![None; usize::from(slots)].into(),
+            pair_waiting: false,
+            abilities: NvmAbilities::of(info, namespace, (max_transfer as u64) >> namespace.lba_shift, slots),
+            cutter: cutter(info, namespace, max_transfer as u64),
             builder,
             geometry: Geometry {
                 lba_size: namespace.lba_size(),
@@ -342,12 +350,45 @@ impl QueuePair {
         }
     }
 
+    /// Takes an operation for a request. One must be free.
+    #[inline]
+    fn accept(&mut self, tag: OpTag, plan: (Kind, u64, u64), buffer: Option<DmaBuffer>) -> u16 {
+        let (kind, lba, blocks) = plan;
+        let started = self.now_if_recording();
+        let index = self.ops.take().expect("the caller saw a free operation");
+        let op = self.ops.get(index);
+        op.tag = tag;
+        op.begin(kind, lba, if kind == Kind::Nothing { 0 } else { blocks });
+        op.started = started;
+        op.buffer = buffer;
+        add(&self.counters.requests, 1);
+        index
+    }
+
+    /// Sends a new operation, or lines it up.
+    #[inline]
+    fn dispatch(&mut self, index: u16) {
+        if self.ops.get(index).blocks_left == 0 {
+            self.done.push_back(index);
+        } else if self.pair_waiting {
+            self.defer(index);
+        } else {
+            self.issue(index);
+        }
+    }
+
     /// Sends as much of an operation as command slots allow; the rest goes to the backlog.
     fn issue(&mut self, index: u16) {
         while self.queue.slots().has_free() && self.pulse != Pulse::NONE {
             let op = self.ops.get(index);
             if op.blocks_left == 0 {
                 return;
+            }
+            if op.kind.is_composite() {
+                if self.issue_composite(index) {
+                    continue;
+                }
+                break;
             }
             let blocks = self.cutter.next(op.kind, op.next_lba, op.blocks_left);
             let slot = self.queue.slots().peek_free().expect("a free slot was just seen");
@@ -375,6 +416,7 @@ impl QueuePair {
 
     /// Sends from the backlog while there are command slots. Returns an operation that ended there.
     fn issue_backlog(&mut self) -> Option<u16> {
+        self.pair_waiting = false;
         while self.queue.slots().has_free() && self.pulse != Pulse::NONE {
             let index = self.backlog.pop_front()?;
             let op = self.ops.get(index);
@@ -385,6 +427,12 @@ impl QueuePair {
                     return finished;
                 }
                 continue;
+            }
+            if self.waits_for_pair(index) {
+                self.ops.get(index).in_backlog = true;
+                self.backlog.push_front(index);
+                self.pair_waiting = true;
+                return None;
             }
             self.issue(index);
         }
@@ -415,10 +463,15 @@ impl QueuePair {
         match (&result, kind) {
             (Err(_), _) => add(&self.counters.errors, 1),
             (Ok(()), Kind::Read) => add(&self.counters.bytes_read, bytes),
+            (Ok(()), Kind::Compare) => {}
+            (Ok(()), Kind::CompareAndWrite) => add(&self.counters.bytes_written, bytes / 2),
             (Ok(()), _) => add(&self.counters.bytes_written, bytes),
         }
         if result.is_ok() {
             add(&self.counters.completed, 1);
+        }
+        if kind == Kind::Copy {
+            self.copies[usize::from(index)] = None;
         }
         if let Some(latencies) = &self.latencies {
             let taken = self.shared.link.timing.now().duration_since(started);
@@ -500,22 +553,12 @@ impl BlockDevice for QueuePair {
         if !self.ops.has_free() {
             return Err(Rejected { request, reason: RejectReason::QueueFull });
         }
-        let started = self.now_if_recording();
-        let index = self.ops.take().expect("a free operation was just seen");
-        let op = self.ops.get(index);
-        op.tag = tag;
-        op.begin(kind, lba, if kind == Kind::Nothing { 0 } else { blocks });
-        op.started = started;
-        op.buffer = match request {
+        let buffer = match request {
             Request::Read { buffer, .. } | Request::Write { buffer, .. } => Some(buffer),
             Request::Flush | Request::WriteZeroes(_) | Request::Deallocate(_) => None,
         };
-        add(&self.counters.requests, 1);
-        if kind == Kind::Nothing {
-            self.done.push_back(index);
-        } else {
-            self.issue(index);
-        }
+        let index = self.accept(tag, (kind, lba, blocks), buffer);
+        self.dispatch(index);
         Ok(())
     }
 
@@ -574,6 +617,20 @@ impl Drop for QueuePair {
     }
 }
 
+/// How many blocks the commands of each kind take.
+fn cutter(info: &ControllerInfo, namespace: &Namespace, max_transfer: u64) -> Cutter {
+    let blocks = |bytes: u64| (bytes >> namespace.lba_shift).clamp(1, MAX_COUNT_16);
+    // Before 2.0 nothing bounds a Verify; some controllers bound it as they do transfers.
+    let verify = if info.version < Version::V2_0 { max_transfer } else { u64::MAX };
+    Cutter {
+        transfer: max_transfer >> namespace.lba_shift,
+        boundary: u64::from(namespace.optimal_boundary),
+        zeroes: blocks(info.max_zeroes.unwrap_or(u64::MAX).min(MAX_ZEROES_BYTES)),
+        verify: blocks(info.max_verify.unwrap_or(verify).min(MAX_ZEROES_BYTES)),
+        deallocate: info.max_deallocate.unwrap_or(u64::MAX).clamp(1, u64::from(u32::MAX)),
+    }
+}
+
 /// Bytes of the largest command: what the options ask for, the controller allows, and whole blocks and pages make up.
 fn transfer_limit(
     controller: &Controller,
@@ -592,6 +649,9 @@ fn transfer_limit(
 }
 
 fn io_error(kind: Kind, queue: QueueId, lba: u64, status: Status) -> IoError {
+    if status.code() == StatusCode::COMPARE_FAILURE && matches!(kind, Kind::Compare | Kind::CompareAndWrite) {
+        return IoError::Mismatch { lba };
+    }
     let detail = format!("{} at block {lba} on queue {queue}: {status}", build::opcode(kind));
     let code = status.code();
     let of_medium = code.status_type() == StatusType::MEDIA && code != StatusCode::COMPARE_FAILURE;

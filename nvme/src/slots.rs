@@ -73,6 +73,10 @@ impl CommandSlots {
         !self.free.is_empty()
     }
 
+    pub(crate) fn free(&self) -> usize {
+        self.free.len()
+    }
+
     pub(crate) fn in_flight(&self) -> usize {
         self.slots.len() - self.free.len()
     }

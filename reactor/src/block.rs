@@ -166,6 +166,18 @@ pub enum IoError {
         /// The device's own words, such as a status code.
         detail: String,
     },
+    /// A comparison found other data than expected.
+    #[error("the data at lba {lba} and after it is not what was expected")]
+    Mismatch {
+        /// First block of the command that compared.
+        lba: u64,
+    },
+    /// The device lacks what the request takes.
+    #[error("not supported: {what}")]
+    Unsupported {
+        /// What is missing.
+        what: &'static str,
+    },
     /// The device answered too late; the outcome of a write is unknown.
     #[error("device did not answer in time")]
     Timeout,

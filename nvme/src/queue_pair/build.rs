@@ -1,7 +1,7 @@
 //! Submission queue entries of a queue pair's commands, with their data pointers.
 //!
 //! Owns: the memory behind data pointers that is not the caller's: a list for every command slot (PRPs, SGL descriptors, or
-//! the ranges of a deallocate), and a page of zeroes where the controller lacks Write Zeroes.
+//! the ranges of a deallocate or copy), and a page of zeroes where the controller lacks Write Zeroes.
 //!
 //! Invariants: a slot's list is written only while the slot is free, so never under a command in flight.
 
@@ -10,12 +10,15 @@ use std::sync::atomic::Ordering;
 
 use nvme_spec::command::{DeallocateZeroes, DsmRange, ForceUnitAccess};
 use nvme_spec::identify::Oncs;
+use nvme_spec::nvm::{CopyRange, Fuse};
 use nvme_spec::sgl::SGL_DESCRIPTOR_BYTES;
 use nvme_spec::{NamespaceId, NvmOpcode, SglDescriptor, SubmissionEntry};
 use reactor::dma::DmaRegion;
 use vm_memory::Bytes;
 use zerocopy::IntoBytes;
 
+use super::nvm::Half;
+use crate::copy::{CopyLimits, Sources};
 use crate::identity::{ControllerInfo, Namespace};
 use crate::ops::{Kind, Op};
 use crate::prp::{self, DataPages, ListMemory};
@@ -100,8 +103,54 @@ impl CommandBuilder {
             }
             Kind::WriteZeroes => SubmissionEntry::write_zeroes(self.nsid, lba, blocks_z, self.zeroes),
             Kind::Deallocate => self.deallocate(lba, blocks, slot),
+            Kind::Compare => {
+                self.with_data(SubmissionEntry::compare(self.nsid, lba, blocks_z), op, blocks, slot)
+            }
+            Kind::Verify => SubmissionEntry::verify(self.nsid, lba, blocks_z),
+            Kind::CompareAndWrite | Kind::Copy => unreachable!("built by `fused` and `copy`"),
             Kind::Flush | Kind::Nothing => SubmissionEntry::flush(self.nsid),
         }
+    }
+
+    /// One command of a fused pair of `blocks` blocks (NVMe 1.4 §6.2).
+    pub(super) fn fused(&self, op: &Op, blocks: u64, half: Half, slot: u16) -> SubmissionEntry {
+        let (lba, blocks_z) = (op.next_lba, blocks.wrapping_sub(1) as u16);
+        let buffer = op.buffer.as_ref().expect("a fused pair has a buffer while it is in use");
+        let bytes = (blocks << self.lba_shift) as usize;
+        let (entry, offset) = match half {
+            Half::Compare => (SubmissionEntry::compare(self.nsid, lba, blocks_z).fused(Fuse::FIRST), 0),
+            Half::Write => {
+                let write = SubmissionEntry::write(self.nsid, lba, blocks_z, ForceUnitAccess::No);
+                (write.fused(Fuse::SECOND), bytes as u64)
+            }
+        };
+        self.with_buffer(entry, buffer.iova() + offset, bytes, slot)
+    }
+
+    /// The Copy that goes on after `done` blocks of `sources`, and its blocks (NVM Command Set 1.0 §3.2.2).
+    pub(super) fn copy(
+        &self,
+        sources: &Sources,
+        done: u64,
+        limits: CopyLimits,
+        destination: u64,
+        slot: u16,
+    ) -> (SubmissionEntry, u64) {
+        let at = usize::from(slot) * self.list_bytes;
+        let slice = self.lists.slice();
+        let (ranges, blocks) = sources.next(done, limits, |index, lba, blocks| {
+            let mut range = CopyRange::default();
+            range.slba.set(lba);
+            // At most MSSRL, 16 bits.
+            range.blocks_z.set((blocks - 1) as u16);
+            slice
+                .write_slice(range.as_bytes(), at + index * size_of::<CopyRange>())
+                .expect("a slot's list holds a page of ranges");
+        });
+        // At most 128.
+        let ranges_z = ranges.saturating_sub(1) as u8;
+        let entry = SubmissionEntry::copy(self.nsid, destination, ranges_z, ForceUnitAccess::No);
+        (self.with_list(entry, ranges * size_of::<CopyRange>(), slot), blocks)
     }
 
     fn with_data(&self, entry: SubmissionEntry, op: &Op, blocks: u64, slot: u16) -> SubmissionEntry {
@@ -203,12 +252,17 @@ impl CommandBuilder {
     }
 
     /// Makes `ranges`, of at most a page, the data of `entry`.
-    fn with_ranges(&self, mut entry: SubmissionEntry, ranges: &[u8], slot: u16) -> SubmissionEntry {
+    fn with_ranges(&self, entry: SubmissionEntry, ranges: &[u8], slot: u16) -> SubmissionEntry {
         let at = usize::from(slot) * self.list_bytes;
         self.lists.slice().write_slice(ranges, at).expect("a slot's list holds a page of ranges");
-        let iova = self.lists.iova() + at as u64;
+        self.with_list(entry, ranges.len(), slot)
+    }
+
+    /// Makes `bytes` bytes of the slot's list, at most a page, the data of `entry`.
+    fn with_list(&self, mut entry: SubmissionEntry, bytes: usize, slot: u16) -> SubmissionEntry {
+        let iova = self.lists.iova() + (usize::from(slot) * self.list_bytes) as u64;
         match self.pointing {
-            Pointing::Sgl(_) => entry.set_sgl(SglDescriptor::data_block(iova, ranges.len() as u32)),
+            Pointing::Sgl(_) => entry.set_sgl(SglDescriptor::data_block(iova, bytes as u32)),
             Pointing::Prp | Pointing::SglForLists(_) => entry.prp1.set(iova),
         }
         entry
@@ -222,6 +276,9 @@ pub(super) fn opcode(kind: Kind) -> NvmOpcode {
         Kind::Write | Kind::WriteDurable | Kind::WriteZeroPage => NvmOpcode::WRITE,
         Kind::WriteZeroes => NvmOpcode::WRITE_ZEROES,
         Kind::Deallocate => NvmOpcode::DATASET_MANAGEMENT,
+        Kind::Compare | Kind::CompareAndWrite => NvmOpcode::COMPARE,
+        Kind::Verify => NvmOpcode::VERIFY,
+        Kind::Copy => NvmOpcode::COPY,
         Kind::Flush | Kind::Nothing => NvmOpcode::FLUSH,
     }
 }

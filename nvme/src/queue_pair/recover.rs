@@ -18,6 +18,7 @@
 
 use nvme_spec::CommandId;
 
+use super::nvm::fail_pair;
 use super::*;
 use crate::admin::timeout_fault;
 use crate::controller::Recovery;
@@ -224,7 +225,11 @@ impl QueuePair {
             op.delay = op.delay.max(delay.unwrap_or_default());
         } else {
             let lba = self.first_lbas[usize::from(reaped.command.slot)];
-            op.fail(io_error(op.kind, queue, lba, status));
+            let error = io_error(op.kind, queue, lba, status);
+            match op.kind {
+                Kind::CompareAndWrite => fail_pair(op, status, error),
+                _ => op.fail(error),
+            }
         }
     }
 

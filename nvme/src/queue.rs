@@ -208,13 +208,6 @@ impl Queue {
         (slot, cid)
     }
 
-    /// Sees to it that the next `count` entries are announced by one doorbell write. As many slots must be free.
-    pub(crate) fn make_room(&mut self, count: u32) {
-        if !self.sq.has_room(count) {
-            self.ring();
-        }
-    }
-
     /// Tells the device of everything pushed since the last call.
     pub(crate) fn ring(&mut self) {
         if let Some(tail) = self.sq.ring() {

@@ -54,11 +54,6 @@ impl SubmissionRing {
         self.pushed.wrapping_sub(self.rung) == self.entries - 1
     }
 
-    /// Whether `count` entries can be pushed before the device must be told.
-    pub(crate) fn has_room(&self, count: u32) -> bool {
-        self.pushed.wrapping_sub(self.rung) + count < self.entries
-    }
-
     /// Takes the place of the next entry.
     pub(crate) fn push(&mut self) -> Position {
         assert!(!self.must_ring(), "tail would wrap onto the last rung tail");

@@ -231,8 +231,8 @@ impl QueuePair {
     }
 
     fn issue_pair(&mut self, index: u16) {
-        // A doorbell write between the two would announce half a pair.
-        self.queue.make_room(2);
+        // No doorbell is written between the two: that happens only where the ring is full of entries that were not
+        // announced, and then no slot is free.
         let op = self.ops.get(index);
         let blocks = op.blocks_left;
         for half in [Half::Compare, Half::Write] {

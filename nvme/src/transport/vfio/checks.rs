@@ -115,7 +115,10 @@ fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
 pub(super) fn check_lock_limit(sysfs: &Sysfs, address: PciAddress, needed: u64) -> Result<(), VfioError> {
     match lock_limit(sysfs) {
         Some(limit) if limit.saturating_sub(locked(sysfs)) < needed => {
-            Err(VfioError::LockedMemory { address, advice: lock_advice(sysfs, limit, needed) })
+            let advice = lock_advice(sysfs, limit, needed);
+            let advice =
+                format!("{advice}; the buffers of each queue come on top, 64 MiB if nobody says otherwise");
+            Err(VfioError::LockedMemory { address, advice })
         }
         _ => Ok(()),
     }

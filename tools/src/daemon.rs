@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use fs_core::request::{Request, SyncScope};
 use fs_core::{FsError, Volume};
 use nix::errno::Errno;
-use nvme::{LatencyRecording, QueueOptions};
+use nvme::{Controller, LatencyRecording, QueueOptions};
 use reactor::ReactorHandle;
 use serde_json::{Value, json};
 
@@ -239,6 +239,7 @@ struct Figures {
     started: Instant,
     volume: Volume,
     reactors: Vec<ReactorHandle>,
+    controller: Arc<Controller>,
     queues: device::QueueFigures,
     mount: String,
     device: String,
@@ -250,6 +251,7 @@ impl Figures {
             started: Instant::now(),
             volume: volume.clone(),
             reactors: device.runtime().handles().to_vec(),
+            controller: device.controller().clone(),
             queues: device.queues(),
             mount: mount.display().to_string(),
             device: spec.to_string(),
@@ -266,6 +268,7 @@ impl Figures {
                 mount: self.mount.clone(),
                 device: self.device.clone(),
             },
+            controller: report::of_controller(&self.controller),
             reactors: self.reactors.iter().map(report::of_reactor).collect(),
             queues: self.queues.report(),
             volume,

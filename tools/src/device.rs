@@ -93,6 +93,11 @@ impl Device {
         self.runtime.as_ref().expect("taken only by stop, which consumes self")
     }
 
+    /// The controller.
+    pub fn controller(&self) -> &Arc<Controller> {
+        &self.controller
+    }
+
     /// Figures of the queues.
     pub fn queues(&self) -> QueueFigures {
         self.queues.clone()
@@ -348,6 +353,8 @@ impl QueueHandle {
             read_bytes: counts.bytes_read,
             written_bytes: counts.bytes_written,
             doorbells: counts.doorbells,
+            retried: counts.retried,
+            timeouts: counts.timeouts,
             read_lat_ns: class(LatencyClass::Read),
             write_lat_ns: class(LatencyClass::Write),
             other_lat_ns: class(LatencyClass::Other),

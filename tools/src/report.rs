@@ -1,10 +1,11 @@
-//! What `pollux status` shows: figures of the process, its reactors, its queues and its volume.
+//! What `pollux status` shows: figures of the process, its controller, its reactors, its queues and its volume.
 //!
 //! Owns: the shape of the JSON document, and how the figures are gathered. Counters count from the start of the daemon;
 //! whoever wants rates looks twice.
 
 use fs_core::volume::VolumeReport;
 use fs_core::{FsError, Volume};
+use nvme::{Controller, Life};
 use reactor::{Context, ReactorHandle, oneshot};
 use serde::Serialize;
 
@@ -13,6 +14,8 @@ use serde::Serialize;
 pub struct DaemonReport {
     /// The process.
     pub daemon: ProcessReport,
+    /// The controller.
+    pub controller: ControllerReport,
     /// By reactor.
     pub reactors: Vec<ReactorReport>,
     /// By queue pair of the device.
@@ -34,6 +37,23 @@ pub struct ProcessReport {
     pub mount: String,
     /// Device.
     pub device: String,
+}
+
+/// The controller and how it fares.
+#[derive(Clone, Debug, Serialize)]
+pub struct ControllerReport {
+    /// Model, as it says.
+    pub model: String,
+    /// Serial number, as it says.
+    pub serial: String,
+    /// Firmware revision, as it says.
+    pub firmware: String,
+    /// `running`, `stopping`, `resetting`, `quiet` (ended) or `abandoned` (ended, and its memory cannot be reused).
+    pub state: &'static str,
+    /// Times that it was reset and came back.
+    pub resets: u32,
+    /// The error that ended it.
+    pub fault: Option<String>,
 }
 
 /// Counters of a reactor; see [`reactor::ReactorStats`].
@@ -80,6 +100,10 @@ pub struct QueueReport {
     pub written_bytes: u64,
     /// Doorbell writes.
     pub doorbells: u64,
+    /// Times that a request was sent again, because of a status or a reset.
+    pub retried: u64,
+    /// Commands that were overdue.
+    pub timeouts: u64,
     /// Reads, from submission to completion.
     pub read_lat_ns: LatencyReport,
     /// Writes.
@@ -105,6 +129,25 @@ pub struct LatencyReport {
     pub p999: u64,
     /// Largest.
     pub max: u64,
+}
+
+/// State of a controller.
+pub fn of_controller(controller: &Controller) -> ControllerReport {
+    let info = controller.info();
+    ControllerReport {
+        model: info.model.clone(),
+        serial: info.serial.clone(),
+        firmware: info.firmware.clone(),
+        state: match controller.life() {
+            Life::Running => "running",
+            Life::Stopping => "stopping",
+            Life::Resetting => "resetting",
+            Life::Quiet => "quiet",
+            Life::Abandoned => "abandoned",
+        },
+        resets: controller.resets(),
+        fault: controller.fault().map(ToString::to_string),
+    }
 }
 
 /// Figures of a reactor.
@@ -140,4 +183,21 @@ pub fn of_volume(volume: &Volume, reactor: &ReactorHandle) -> Result<VolumeRepor
     });
     started.map_err(|error| error.to_string())?;
     report.recv_blocking().unwrap_or(Err(FsError::ShuttingDown)).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device;
+
+    #[test]
+    fn controller_that_was_shut_down_says_why_it_does_not_run() {
+        let controller = device::open(&device::parse("emu:mem,size=16MiB").unwrap()).unwrap();
+        let report = of_controller(&controller);
+        assert_eq!((report.state, report.resets, report.fault), ("running", 0, None));
+        controller.shutdown().unwrap();
+        let report = of_controller(&controller);
+        assert_eq!(report.state, "quiet");
+        assert!(report.fault.is_some());
+    }
 }

@@ -23,7 +23,7 @@ const BLOCK: u64 = 4096;
 /// Show what a running daemon does: rates, latencies, dirty bytes, space, errors
 #[derive(Args)]
 #[command(after_help = "\
-JSON: the figures of one look {daemon, reactors, queues, volume}, and under `rates` what changed per second in half a
+JSON: the figures of one look {daemon, controller, reactors, queues, volume}, and under `rates` what changed per second in half a
 second {requests, commands, read_bytes, written_bytes}.
 
 Example:
@@ -49,6 +49,7 @@ impl Status {
             return print_json(&now);
         }
         print_volume(&now, &rates);
+        print_controller(&now);
         print_shards(&now);
         print_reactors(&before, &now);
         print_queues(&before, &now);
@@ -147,6 +148,21 @@ fn print_volume(now: &Value, rates: &Rates) {
     }
 }
 
+fn print_controller(now: &Value) {
+    let controller = &now["controller"];
+    outln!(
+        "  controller  {}; {}, serial number {}, firmware {}; reset {} times",
+        text(controller, "/state"),
+        text(controller, "/model"),
+        text(controller, "/serial"),
+        text(controller, "/firmware"),
+        number(controller, "/resets")
+    );
+    if let Some(fault) = controller["fault"].as_str() {
+        outln!("  FAULT       {fault}");
+    }
+}
+
 fn print_shards(now: &Value) {
     outln!("\n  shard  requests  running    inodes  in memory  tree memory  free space");
     for shard in items(now, "/volume/shards") {
@@ -183,16 +199,21 @@ fn print_reactors(before: &Value, now: &Value) {
 }
 
 fn print_queues(before: &Value, now: &Value) {
-    outln!("\n  queue  commands/s      read/s   written/s  errors  latency p50 / p99 / p99.9 / max");
+    outln!(
+        "\n  queue  commands/s      read/s   written/s  doorbells  errors  retried  overdue  latency p50 / p99 / p99.9 / max"
+    );
     for (old, new) in items(before, "/queues").zip(items(now, "/queues")) {
         let rate = |key: &str| per_second(before, now, number(old, key), number(new, key));
         outln!(
-            "  {:>5}  {:>10}  {:>10}  {:>10}  {:>6}  {}",
+            "  {:>5}  {:>10}  {:>10}  {:>10}  {:>9}  {:>6}  {:>7}  {:>7}  {}",
             number(new, "/queue"),
             show_rate(rate("/commands")),
             show_size(rate("/read_bytes") as u64),
             show_size(rate("/written_bytes") as u64),
+            show_rate(rate("/doorbells")),
             number(new, "/errors"),
+            number(new, "/retried"),
+            number(new, "/timeouts"),
             LATENCIES.map(|(name, key)| latency(new, name, key)).join("; "),
         );
     }
@@ -203,6 +224,9 @@ const LATENCIES: [(&str, &str); 3] =
     [("read", "/read_lat_ns"), ("write", "/write_lat_ns"), ("other", "/other_lat_ns")];
 
 fn latency(queue: &Value, name: &str, pointer: &str) -> String {
+    if number(queue, &format!("{pointer}/samples")) == 0 {
+        return format!("{name} -");
+    }
     let at = |key: &str| show_nanos(number(queue, &format!("{pointer}/{key}")));
     format!("{name} {} / {} / {} / {}", at("p50"), at("p99"), at("p999"), at("max"))
 }
@@ -230,6 +254,7 @@ mod tests {
         for document in [json!(null), json!([]), json!({ "queues": 3, "volume": { "shards": "x" } })] {
             let rates = Rates::between(&document, &document);
             print_volume(&document, &rates);
+            print_controller(&document);
             print_shards(&document);
             print_reactors(&document, &document);
             print_queues(&document, &document);

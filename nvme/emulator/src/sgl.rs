@@ -184,3 +184,6 @@ pub(crate) fn walk(
     }
     if collector.rest == 0 { Ok(()) } else { Err(StatusCode::DATA_SGL_LENGTH_INVALID) }
 }
+
+#[cfg(test)]
+mod tests;

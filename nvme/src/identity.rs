@@ -350,7 +350,11 @@ pub(crate) fn check_namespace_list(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use zerocopy::FromZeros;
+    use crate::sgl::SglAlignment;
+    use nvme_spec::IDENTIFY_BYTES;
+    use nvme_spec::identify::namespace_descriptors;
+    use proptest::prelude::*;
+    use zerocopy::{FromBytes, FromZeros};
 
     fn namespace() -> IdentifyNamespace {
         let mut raw = IdentifyNamespace::new_zeroed();
@@ -444,5 +448,83 @@ mod tests {
     #[test]
     fn text_is_trimmed_and_printable() {
         assert_eq!(ascii(b"  Pollux\x07\0\0  "), "Pollux?");
+    }
+
+    /// Bytes of an Identify structure: noise, or zeroes with some bytes changed, which get further.
+    fn hostile() -> impl Strategy<Value = Vec<u8>> {
+        let noise = prop::collection::vec(any::<u8>(), IDENTIFY_BYTES);
+        let spoilt = prop::collection::vec((0..640usize, any::<u8>()), 0..60).prop_map(|changes| {
+            let mut bytes = vec![0; IDENTIFY_BYTES];
+            changes.into_iter().for_each(|(at, byte)| bytes[at] = byte);
+            bytes
+        });
+        prop_oneof![noise, spoilt]
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_controller_or_an_error(
+            bytes in hostile(), limits in hostile(), cap in any::<u64>(), sizes_are_right in any::<bool>(),
+        ) {
+            let mut raw = Box::new(IdentifyController::read_from_bytes(&bytes[..]).unwrap());
+            if sizes_are_right {
+                (raw.sqes, raw.cqes, raw.cntrltype) = (0x66, 0x44, 1);
+            }
+            let Ok(mut info) = ControllerInfo::check(Cap::from(cap), Version::V2_0, 4096, raw) else {
+                return Ok(());
+            };
+            info.apply_limits(&IdentifyControllerNvm::read_from_bytes(&limits[..]).unwrap());
+            for limit in [info.max_transfer, info.max_verify, info.max_zeroes] {
+                prop_assert!(limit.is_none_or(|bytes| bytes >= 8192 && bytes.is_power_of_two()));
+            }
+            prop_assert!(info.max_deallocate != Some(0));
+            for text in [&info.serial, &info.model, &info.firmware] {
+                prop_assert!(text.bytes().all(|byte| (b' '..=b'~').contains(&byte)));
+            }
+            let _ = (format!("{info:?}"), SglAlignment::offered(info.raw.sgls()));
+        }
+
+        #[test]
+        fn any_bytes_are_a_namespace_or_an_error(
+            bytes in hostile(), max_transfer in prop::option::of(any::<u64>()), lbads in any::<u8>(),
+        ) {
+            let mut raw = IdentifyNamespace::read_from_bytes(&bytes[..]).unwrap();
+            // Where the format in use is a possible one, the other fields get their turn.
+            let in_use = raw.format_index();
+            if let Some(format) = raw.lbaf.get_mut(in_use) {
+                format.lbads = lbads % 32;
+                format.ms.set(0);
+            }
+            raw.dps &= !7;
+            prop_assert!(raw.formats().len() <= LBA_FORMATS);
+            let Ok(namespace) = Namespace::check(NamespaceId::new(1), &raw, max_transfer) else {
+                return Ok(());
+            };
+            prop_assert!((512..=65536).contains(&namespace.lba_size()));
+            prop_assert!(namespace.blocks > 0);
+            prop_assert!(namespace.blocks.checked_mul(u64::from(namespace.lba_size())).is_some());
+            prop_assert!(max_transfer.is_none_or(|limit| limit >= u64::from(namespace.lba_size())));
+            prop_assert!(namespace.compare_and_write.is_none_or(|blocks| (2..=65536).contains(&blocks)));
+            if let Some(copy) = namespace.copy {
+                prop_assert!(copy.ranges >= 1 && copy.range_blocks >= 1 && copy.blocks >= 1);
+            }
+        }
+
+        #[test]
+        fn any_list_of_namespaces_ascends_or_is_refused(
+            ids in prop::collection::vec(any::<u32>(), 0..64), previous in any::<u32>(), nn in any::<u32>(),
+        ) {
+            if let Ok(found) = check_namespace_list(ids, previous, nn) {
+                let all: Vec<u32> = found.iter().map(|id| id.get()).collect();
+                prop_assert!(all.is_sorted_by(|a, b| a < b));
+                prop_assert!(all.iter().all(|&id| id > previous && id <= nn));
+            }
+        }
+
+        #[test]
+        fn any_descriptors_come_to_an_end(bytes in prop::collection::vec(any::<u8>(), 0..4096)) {
+            let found: usize = namespace_descriptors(&bytes).map(|(_, id)| id.len() + 4).sum();
+            prop_assert!(found <= bytes.len());
+        }
     }
 }

@@ -15,6 +15,7 @@ use nvme_spec::command::GetLogPage;
 use nvme_spec::feature::FeatureId;
 use nvme_spec::identify::{Cns, IdentifyController, IdentifyNamespace, NamespaceList};
 use nvme_spec::log::{AsyncEvent, LogPageId, SmartLog};
+use nvme_spec::registers::Cap;
 use nvme_spec::{AdminOpcode, CommandId, IDENTIFY_BYTES, NamespaceId, QueueId, Status, SubmissionEntry};
 use reactor::dma::DmaRegion;
 use thiserror::Error;
@@ -72,8 +73,8 @@ pub(crate) struct AdminQueue {
 }
 
 impl AdminQueue {
-    pub(crate) fn new(link: &Link, dstrd: u8) -> Result<Self, TransportError> {
-        let shape = QueueShape::for_depth(QueueId::ADMIN, ADMIN_SLOTS, ADMIN_MAX_ENTRIES, dstrd);
+    pub(crate) fn new(link: &Link, cap: Cap) -> Result<Self, TransportError> {
+        let shape = QueueShape::for_depth(QueueId::ADMIN, ADMIN_SLOTS, ADMIN_MAX_ENTRIES, cap);
         let queue = Queue::new(Arc::clone(&link.transport), shape, None)?;
         let data = link.transport.allocate(IDENTIFY_BYTES)?;
         let reported = Vec::with_capacity(usize::from(MAX_EVENT_REQUESTS));
@@ -89,7 +90,7 @@ impl AdminQueue {
 
     /// Where the controller finds the queues.
     pub(crate) fn addresses(&self) -> crate::handshake::AdminQueueAddresses {
-        let shape = QueueShape::for_depth(QueueId::ADMIN, ADMIN_SLOTS, ADMIN_MAX_ENTRIES, 0);
+        let shape = QueueShape::for_depth(QueueId::ADMIN, ADMIN_SLOTS, ADMIN_MAX_ENTRIES, Cap::new());
         crate::handshake::AdminQueueAddresses {
             sq_entries: shape.sq_entries,
             cq_entries: shape.cq_entries,

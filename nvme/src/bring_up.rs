@@ -131,7 +131,7 @@ pub(crate) struct Found {
 pub(crate) fn run(link: &Link, options: &ControllerOptions) -> Result<Found, Problem> {
     let (cap, version) = link.capabilities()?;
     link.disable(cap)?;
-    let mut admin = AdminQueue::new(link, cap.dstrd())?;
+    let mut admin = AdminQueue::new(link, cap)?;
     let mut shadow = None;
     // The smallest page that the controller offers: DMA memory is contiguous anyway, and data starts on any of them.
     let page_shift = 12 + cap.mpsmin();

@@ -471,7 +471,7 @@ impl Shared {
         waker: Option<&Arc<OwnedFd>>,
     ) -> Result<(Queue, Arc<Lane>), QueueError> {
         let cap = self.info.cap;
-        let shape = QueueShape::for_depth(id, slots, u32::from(cap.mqes_z()) + 1, cap.dstrd());
+        let shape = QueueShape::for_depth(id, slots, u32::from(cap.mqes_z()) + 1, cap);
         let queue = Queue::new(Arc::clone(&self.link.transport), shape, self.shadow.as_ref())?;
         let mut create_cq = SubmissionEntry::create_io_cq(id, (shape.cq_entries - 1) as u16, interrupt);
         create_cq.prp1.set(queue.cq_iova());

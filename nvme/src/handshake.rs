@@ -145,7 +145,7 @@ impl Link {
             return refuse("the smallest memory page exceeds the largest (MPSMIN, MPSMAX)");
         }
         if cap.mpsmin() > MAX_PAGE_SHIFT - 12 {
-            return refuse("memory pages of 4 KiB are not supported (MPSMIN)");
+            return refuse("memory pages of 64 KiB or less are not supported (MPSMIN)");
         }
         // Room for the admin queue's doorbells at least; I/O queues are limited to what BAR0 holds.
         if self.transport.bar_bytes() < registers::DOORBELL_BASE + 2 * (4 << cap.dstrd()) {
@@ -267,8 +267,8 @@ impl Link {
     }
 }
 
-/// Largest memory page that the driver works with, as a power of two: transports align DMA memory to no more than this.
-pub(crate) const MAX_PAGE_SHIFT: u8 = 12;
+/// Largest memory page that the driver works with, as a power of two.
+pub(crate) const MAX_PAGE_SHIFT: u8 = 16;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum OnFatal {

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use nvme_spec::completion::{PHASE_DWORD_BIT, PHASE_DWORD_OFFSET};
-use nvme_spec::registers::{Doorbell, doorbell_offset};
+use nvme_spec::registers::{Cap, Doorbell, doorbell_offset};
 use nvme_spec::{CQE_BYTES, CommandId, CompletionEntry, QueueId, SQE_BYTES, Status, SubmissionEntry};
 use reactor::dma::DmaRegion;
 use thiserror::Error;
@@ -28,7 +28,7 @@ use zerocopy::IntoBytes;
 use crate::ring::{CompletionRing, SubmissionRing};
 use crate::shadow::{ShadowDoorbells, ShadowMemory};
 use crate::slots::{BadCid, Command, CommandSlots};
-use crate::transport::{Transport, TransportError};
+use crate::transport::{Transport, TransportError, aligned};
 
 /// Completion queue entries beyond the submission queue's: the device may run ahead of a head that is rung late.
 pub(crate) const CQ_SLACK: u32 = 8;
@@ -82,15 +82,17 @@ pub(crate) struct QueueShape {
     pub(crate) sq_entries: u32,
     pub(crate) cq_entries: u32,
     pub(crate) dstrd: u8,
+    /// Bytes of the controller's memory page, which queues must begin.
+    pub(crate) page_bytes: usize,
 }
 
 impl QueueShape {
     /// The shape for up to `slots` commands in flight on a controller whose queues have at most `max_entries`.
-    pub(crate) fn for_depth(id: QueueId, slots: u16, max_entries: u32, dstrd: u8) -> Self {
+    pub(crate) fn for_depth(id: QueueId, slots: u16, max_entries: u32, cap: Cap) -> Self {
         let slots = u32::from(slots).min(max_entries.saturating_sub(1)).max(1) as u16;
         let sq_entries = u32::from(slots) + 1;
         let cq_entries = (sq_entries + CQ_SLACK).min(max_entries.max(sq_entries));
-        Self { id, slots, sq_entries, cq_entries, dstrd }
+        Self { id, slots, sq_entries, cq_entries, dstrd: cap.dstrd(), page_bytes: 4096 << cap.mpsmin() }
     }
 }
 
@@ -125,8 +127,10 @@ impl Queue {
         shape: QueueShape,
         shadow: Option<&ShadowMemory>,
     ) -> Result<Self, TransportError> {
-        let sq_memory = transport.allocate(shape.sq_entries as usize * SQE_BYTES)?;
-        let cq_memory = transport.allocate(shape.cq_entries as usize * CQE_BYTES)?;
+        let sq_memory =
+            aligned::allocate(&*transport, shape.sq_entries as usize * SQE_BYTES, shape.page_bytes)?;
+        let cq_memory =
+            aligned::allocate(&*transport, shape.cq_entries as usize * CQE_BYTES, shape.page_bytes)?;
         Ok(Self {
             id: shape.id,
             sq_memory,
@@ -312,9 +316,9 @@ mod tests {
 
     #[test]
     fn shapes_respect_the_controllers_limit() {
-        let shape = QueueShape::for_depth(QueueId::new(1), 128, 1024, 0);
+        let shape = QueueShape::for_depth(QueueId::new(1), 128, 1024, Cap::new());
         assert_eq!((shape.slots, shape.sq_entries, shape.cq_entries), (128, 129, 137));
-        let tiny = QueueShape::for_depth(QueueId::new(1), 128, 2, 0);
+        let tiny = QueueShape::for_depth(QueueId::new(1), 128, 2, Cap::new());
         assert_eq!((tiny.slots, tiny.sq_entries, tiny.cq_entries), (1, 2, 2));
     }
 }

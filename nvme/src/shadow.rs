@@ -15,6 +15,7 @@ use reactor::dma::DmaRegion;
 use vm_memory::Bytes;
 
 use crate::queue::QueueShape;
+use crate::transport::aligned::allocate;
 use crate::transport::{Transport, TransportError};
 
 /// The buffers, one memory page each.
@@ -26,7 +27,8 @@ pub(crate) struct ShadowMemory {
 
 impl ShadowMemory {
     pub(crate) fn new(transport: &dyn Transport, page_size: usize) -> Result<Self, TransportError> {
-        let (values, events) = (transport.allocate(page_size)?, transport.allocate(page_size)?);
+        let (values, events) =
+            (allocate(transport, page_size, page_size)?, allocate(transport, page_size, page_size)?);
         Ok(Self { values, events, bytes: page_size })
     }
 

@@ -15,6 +15,7 @@ use reactor::clock::{Clock, Instant, SystemClock};
 use reactor::dma::DmaRegion;
 use thiserror::Error;
 
+pub(crate) mod aligned;
 pub mod embedded;
 #[cfg(test)]
 pub(crate) mod fake;

@@ -263,6 +263,36 @@ mod requests {
     }
 
     #[test]
+    fn controllers_with_large_memory_pages_are_driven() {
+        for mpsmin in 1..=4 {
+            let namespace = NamespaceConfig::memory(16 << 20).with_lba_size(BLOCK as u32);
+            let config = ControllerConfig {
+                mode: Mode::Inline,
+                mpsmin,
+                mpsmax: 4,
+                oncs: Oncs::COMPARE,
+                ..ControllerConfig::with_namespace(namespace)
+            };
+            let emulator = EmulatedController::new(config).unwrap();
+            let transport = Arc::new(EmbeddedTransport::new(Arc::clone(&emulator), "emu:test"));
+            let timing = Arc::new(SystemTiming::default());
+            let controller = Controller::bring_up(transport, timing, &ControllerOptions::default()).unwrap();
+            let mut queue = controller
+                .create_queue(&QueueOptions { pool_bytes: 4 << 20, ..QueueOptions::default() })
+                .unwrap();
+            write(&mut queue, 3, &[1, 2, 3], 1000);
+            let zeroes = Request::WriteZeroes(range(1000, 500));
+            queue.submit(OpTag(1), zeroes).unwrap();
+            assert_eq!(drain(&mut queue).result, Ok(()));
+            let found = read(&mut queue, 0, 3004);
+            let expected =
+                [vec![0; 3], vec![1; 997], vec![0; 500], vec![2; 503], vec![3; 1000], vec![0]].concat();
+            assert_eq!(found, expected);
+            assert_eq!(emulator.memory().fault_count(), 0);
+        }
+    }
+
+    #[test]
     fn a_format_empties_the_namespace_and_changes_its_blocks() {
         let mut queue = stacks().remove(1);
         write(&mut queue, 0, &[1], 8);

@@ -76,7 +76,7 @@ fn impossible_capabilities_are_refused() {
         ((|script: &mut Script| script.cap.set_css(0)) as fn(&mut Script), "NVM command set"),
         (|script| script.cap.set_mqes_z(0), "MQES"),
         (|script| script.cap.set_mpsmin(1), "MPSMAX"),
-        (|script| script.cap = script.cap.with_mpsmin(1).with_mpsmax(5), "pages of 4 KiB"),
+        (|script| script.cap = script.cap.with_mpsmin(5).with_mpsmax(5), "pages of 64 KiB"),
         (|script| script.cap.set_dstrd(15), "DSTRD"),
     ] {
         let error = refused(spoil).to_string();

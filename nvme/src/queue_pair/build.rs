@@ -23,7 +23,7 @@ use crate::identity::{ControllerInfo, Namespace};
 use crate::ops::{Kind, Op};
 use crate::prp::{self, DataPages, ListMemory};
 use crate::sgl::{self, Piece, Pointing, SegmentMemory, SglAlignment};
-use crate::transport::{Transport, TransportError};
+use crate::transport::{Transport, TransportError, aligned};
 
 /// Bytes of a slot's list at least: a page of ranges.
 const RANGE_LIST_BYTES: usize = 4096;
@@ -53,7 +53,7 @@ impl CommandBuilder {
         let page_size = info.page_size as usize;
         let zero_page = match info.oncs.contains(Oncs::WRITE_ZEROES) {
             true => None,
-            false => Some(transport.allocate(page_size)?),
+            false => Some(aligned::allocate(transport, page_size, page_size)?),
         };
         let data_list = match pointing {
             Pointing::Prp => prp::list_bytes(max_transfer, page_size),
@@ -73,7 +73,7 @@ impl CommandBuilder {
             page_size,
             zeroes,
             pointing,
-            lists: transport.allocate(usize::from(slots) * list_bytes)?,
+            lists: aligned::allocate(transport, usize::from(slots) * list_bytes, page_size)?,
             list_bytes,
             zero_page,
         })

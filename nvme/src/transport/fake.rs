@@ -362,6 +362,11 @@ impl State {
         self.queues.insert(id, queue);
     }
 
+    /// Queues begin a memory page (§3.1.9, §5.3).
+    fn check_alignment(&self, address: u64) {
+        assert_eq!(address % (4096 << self.cc.mps()), 0, "{address:#x} does not begin a page");
+    }
+
     fn admin(&mut self, script: &Script, command: &SubmissionEntry) -> (Status, u32) {
         let opcode = AdminOpcode(command.opcode);
         if script.refuse.contains(&opcode) {
@@ -389,9 +394,11 @@ impl State {
             AdminOpcode::FORMAT_NVM => {}
             AdminOpcode::SET_FEATURES => return (Status::SUCCESS, script.granted),
             AdminOpcode::CREATE_IO_CQ => {
+                self.check_alignment(command.prp1.get());
                 self.created_cqs.insert(id, (command.prp1.get(), entries));
             }
             AdminOpcode::CREATE_IO_SQ => {
+                self.check_alignment(command.prp1.get());
                 let cq = self.created_cqs[&command.create_sq().cqid()];
                 self.add_queue(id, (command.prp1.get(), entries), cq);
             }
@@ -426,6 +433,8 @@ impl State {
         let was = std::mem::replace(&mut self.cc, cc);
         if cc.en() && !was.en() {
             assert!(!self.csts.rdy(), "enabled before RDY was 0");
+            self.check_alignment(self.asq);
+            self.check_alignment(self.acq);
             self.add_queue(
                 0,
                 (self.asq, u32::from(self.aqa.asqs_z()) + 1),

@@ -103,3 +103,36 @@ fn zeroes_without_write_zeroes_are_a_segment_of_one_page_over_and_over() {
     assert_eq!((descriptors[0].kind(), descriptors[0].length.get()), (SglType::DATA_BLOCK, 4096));
     assert_eq!(bench.fake.read(descriptors[0].address.get(), 4096), [0; 4096]);
 }
+
+#[test]
+fn memory_pages_of_any_size_are_used_as_they_are() {
+    for mpsmin in 0..=4 {
+        let page = 4096u64 << mpsmin;
+        let mut script = Script::default();
+        script.cap = script.cap.with_mpsmin(mpsmin).with_mpsmax(4);
+        script.controller.mdts = 7;
+        script.controller.oncs.set(0);
+        let mut bench = Bench::new(script, &options(8));
+        for blocks in [1, 2, 3, 64] {
+            let (command, iova) = bench.read_command(blocks);
+            let end = iova + (blocks * BLOCK) as u64;
+            let second = iova - iova % page + page;
+            assert_eq!(command.prp1.get(), iova);
+            if end <= second {
+                assert_eq!(command.prp2.get(), 0);
+            } else if end <= second + page {
+                assert_eq!(command.prp2.get(), second);
+            } else {
+                let pages = (end - second).div_ceil(page);
+                let list = command.prp2.get();
+                assert_eq!(list / page, (list + pages * 8 - 1) / page, "the list lies within a page");
+                let entries = bench.fake.read(list, pages as usize * 8);
+                for (n, entry) in entries.chunks(8).enumerate() {
+                    assert_eq!(entry, (second + n as u64 * page).to_le_bytes());
+                }
+            }
+        }
+        let zeroes = bench.zero_command(1);
+        assert_eq!(zeroes.prp1.get() % page, 0);
+    }
+}

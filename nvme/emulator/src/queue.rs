@@ -257,12 +257,13 @@ pub(crate) struct SubmissionQueue {
     /// The second half of the pair whose first half was fetched last.
     pair: Option<FusedPair>,
     /// What became of the command that was fetched last, if it is the second half of a pair.
-    second_result: Option<Result<(), StatusCode>>,
+    second_result: Option<(u16, Result<(), StatusCode>)>,
 }
 
 /// The rest of a fused pair whose first half was fetched.
 #[derive(Debug)]
 struct FusedPair {
+    first_cid: u16,
     second: SubmissionEntry,
     result: Result<(), StatusCode>,
 }
@@ -309,13 +310,13 @@ impl SubmissionQueue {
         self.second_result = None;
         let (entry, mut aborted) = match self.pair.take() {
             Some(pair) => {
-                self.second_result = Some(pair.result);
+                self.second_result = Some((pair.second.cid.get(), pair.result));
                 (pair.second, false)
             }
             None => (self.entry_at(self.head)?, false),
         };
         if entry.flags.fuse() == FUSE_FIRST && self.fused == FusedOperations::CompareAndWrite {
-            match self.fetch_second(slot)? {
+            match self.fetch_second(slot, entry.cid.get())? {
                 Some(second_aborted) => aborted = second_aborted,
                 None => return Ok(None),
             }
@@ -365,7 +366,7 @@ impl SubmissionQueue {
     /// Looks at the entry after the first half of a pair. `None` if it is still to come; else whether it is marked for
     /// abortion.
     #[cold]
-    fn fetch_second(&mut self, slot: &SubmissionSlot) -> Result<Option<bool>, Unmapped> {
+    fn fetch_second(&mut self, slot: &SubmissionSlot, first_cid: u16) -> Result<Option<bool>, Unmapped> {
         let next = self.ring.next(self.head);
         if !self.is_submitted(slot, next)? {
             slot.set_half_pair_at(next);
@@ -376,13 +377,14 @@ impl SubmissionQueue {
         if second.flags.fuse() != FUSE_SECOND {
             return Ok(Some(false)); // it is no pair
         }
-        self.pair = Some(FusedPair { second, result: Err(StatusCode::ABORTED_FAILED_FUSED) });
+        self.pair = Some(FusedPair { first_cid, second, result: Err(StatusCode::ABORTED_FAILED_FUSED) });
         Ok(Some(self.aborts.contains(&next)))
     }
 
-    /// The second half of the pair whose first half was fetched last.
-    pub(crate) fn fused_second(&self) -> Option<SubmissionEntry> {
-        self.pair.as_ref().map(|pair| pair.second)
+    /// The second half of the pair whose first half is `first_cid`, if that was fetched last. A first half that was held
+    /// back meanwhile has none any more.
+    pub(crate) fn fused_second(&self, first_cid: u16) -> Option<SubmissionEntry> {
+        self.pair.as_ref().filter(|pair| pair.first_cid == first_cid).map(|pair| pair.second)
     }
 
     /// Notes what became of it.
@@ -392,9 +394,9 @@ impl SubmissionQueue {
         }
     }
 
-    /// What became of the command that was fetched last, if it is the second half of a pair.
-    pub(crate) fn fused_result(&self) -> Option<Result<(), StatusCode>> {
-        self.second_result
+    /// What became of the second half `cid`, if that was fetched last.
+    pub(crate) fn fused_result(&self, cid: u16) -> Option<Result<(), StatusCode>> {
+        self.second_result.filter(|(second, _)| *second == cid).map(|(_, result)| result)
     }
 
     /// What executing a command takes: the namespaces as they are now, and the way to its data.

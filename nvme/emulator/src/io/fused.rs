@@ -44,12 +44,14 @@ impl Core {
         let done = Ok(Outcome::Done(0));
         match entry.flags.fuse() {
             FUSE_FIRST => {
-                let second = queue.fused_second().ok_or(StatusCode::ABORTED_MISSING_FUSED)?;
+                let second = queue.fused_second(entry.cid.get()).ok_or(StatusCode::ABORTED_MISSING_FUSED)?;
                 let (first, second) = self.compare_and_write(slot, queue, entry, &second);
                 queue.set_fused_result(second);
                 first.and(done)
             }
-            FUSE_SECOND => queue.fused_result().ok_or(StatusCode::ABORTED_MISSING_FUSED)?.and(done),
+            FUSE_SECOND => {
+                queue.fused_result(entry.cid.get()).ok_or(StatusCode::ABORTED_MISSING_FUSED)?.and(done)
+            }
             _ => Err(StatusCode::INVALID_FIELD),
         }
     }

@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use nvme_emulator::{ControllerConfig, Mode};
+use nvme_emulator::{CommandMatch, ControllerConfig, Effect, FaultRule, HeldAbort, Mode};
 use nvme_spec::command::ForceUnitAccess;
 use nvme_spec::registers;
 use nvme_spec::{CommandId, NvmOpcode, QueueId, StatusCode, SubmissionEntry};
@@ -152,6 +152,25 @@ fn abort_of_either_half_aborts_both() {
         assert_eq!(statuses[1], other);
         assert!(content(&host, &mut io) == vec![0; 512]);
     }
+}
+
+/// A first half that is executed late must not take the second half of another pair for its own.
+#[test]
+fn pair_whose_first_half_is_held_back_writes_nothing() {
+    let mut host = Host::new(memory_config(1 << 20, 512));
+    let mut io = host.io_pair(1, 8);
+    let (old, new) = (Buffer::new(&host, 512), Buffer::filled(&host, &pattern(1, 512)));
+    let hold = Effect::Hold { abort: HeldAbort::Ignored };
+    let rule = host.ctrl.faults().add(FaultRule::new(CommandMatch::io(NvmOpcode::COMPARE), hold));
+    io.push(old.attach(first(0, 1)));
+    io.push(new.attach(second(0, 1)));
+    io.ring();
+    assert_eq!(io.wait().status().code(), StatusCode::ABORTED_FAILED_FUSED);
+    host.ctrl.faults().release(rule);
+    assert_eq!(io.wait().status().code(), StatusCode::ABORTED_MISSING_FUSED);
+    assert!(content(&host, &mut io) == vec![0; 512]);
+    host.ctrl.faults().clear();
+    assert_eq!(run_pair(&mut io, [old.attach(first(0, 1)), new.attach(second(0, 1))]), [OK; 2]);
 }
 
 /// Counters incremented by compare-and-write from two queues: no increment may be lost.

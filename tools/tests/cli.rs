@@ -1,5 +1,7 @@
 //! The command line as scripts see it: help, exit codes, JSON documents.
 
+#![allow(clippy::unwrap_used, reason = "a failed step of a test is the failure of the test")]
+
 use std::io::BufRead;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};

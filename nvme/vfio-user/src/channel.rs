@@ -6,7 +6,8 @@
 //! - no call waits longer than its deadline, whatever the peer does: trickling bytes does not extend it;
 //! - nothing larger than the caller's limit is read or allocated;
 //! - at most [`MAX_DESCRIPTORS`] descriptors are taken with a message; more end the connection and none leaks;
-//! - after any error but [`ChannelError::TimedOut`] before the first byte, the stream's framing is lost: close it.
+//! - after an error of receiving, or any of sending but [`ChannelError::TimedOut`], the stream's framing is lost: close
+//!   it.
 //!
 //! Excludes: pairing of replies with commands, which is the caller's, who knows what is outstanding.
 
@@ -46,6 +47,9 @@ pub enum ChannelError {
     /// The deadline passed.
     #[error("the other side did not {0} in time")]
     TimedOut(&'static str),
+    /// The deadline passed in the middle of sending: the framing is lost.
+    #[error("the other side took a part of a message, and not the rest in time")]
+    Torn,
     /// The caller's own stop descriptor became readable.
     #[error("stopped")]
     Stopped,
@@ -236,7 +240,11 @@ impl Channel {
                 Ok(count) => sent += count,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::AGAIN) => {
-                    self.wait(PollFlags::POLLOUT, None, Some(deadline), "take a message")?;
+                    let waited = self.wait(PollFlags::POLLOUT, None, Some(deadline), "take a message");
+                    waited.map_err(|error| match error {
+                        ChannelError::TimedOut(_) if sent > 0 => ChannelError::Torn,
+                        other => other,
+                    })?;
                 }
                 Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => {
                     return Err(ChannelError::Closed);

@@ -49,6 +49,9 @@ pub enum RequestError {
     Gone(String),
 }
 
+/// How long a posted write waits for room in the socket. A server that looks once a millisecond makes some by then.
+const POST_PATIENCE: Duration = Duration::from_millis(20);
+
 /// A connection.
 pub(super) struct Connection {
     name: String,
@@ -255,18 +258,24 @@ impl Connection {
         self.request(Command::REGION_WRITE, &[access.as_bytes(), bytes], &[]).map(drop)
     }
 
-    /// Sends a write that nobody waits for. One that cannot be sent at once makes the server gone: it does not read.
+    /// Sends a write whose reply nobody waits for. A server that has no room for it for [`POST_PATIENCE`] loses it.
     pub(super) fn post_write(&self, region: u32, offset: u64, bytes: &[u8]) {
         if self.gone.load(Ordering::Acquire) {
             return;
         }
         let access = access(region, offset, bytes.len());
-        let _alone = lock(&self.sending);
         let header = (POSTED_ID, Command::REGION_WRITE, type_and_flags::NO_REPLY);
-        if let Err(error) =
-            self.channel.send_command(header, &[access.as_bytes(), bytes], &[], Instant::now())
-        {
-            self.broken(Command::REGION_WRITE, &error);
+        let sent = {
+            let _alone = lock(&self.sending);
+            let deadline = Instant::now() + POST_PATIENCE;
+            self.channel.send_command(header, &[access.as_bytes(), bytes], &[], deadline)
+        };
+        match sent {
+            Ok(()) => {}
+            Err(ChannelError::TimedOut(_)) => {
+                tracing::warn!(device = self.name, offset, "the server does not read: a doorbell is lost");
+            }
+            Err(error) => drop(self.broken(Command::REGION_WRITE, &error)),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The driver against controllers that differ in what they offer: shadow doorbells, SGLs or none.
+//! The driver against controllers that differ in what they offer: shadow doorbells, SGLs or none, large memory pages.
 
 #![allow(clippy::unwrap_used, reason = "a failed step of a test is the failure of the test")]
 
@@ -90,9 +90,11 @@ fn shadow_doorbells_work_in_every_mode_and_depth() {
 }
 
 #[test]
-fn every_kind_of_data_pointer_carries_small_and_large_transfers() {
-    for sgls in [SglSupport::Absent, SglSupport::Byte, SglSupport::Dword] {
-        let (emulator, mut queue) = queue(ControllerConfig { sgls, ..config(Mode::Inline) }, 32);
+fn every_page_size_and_kind_of_data_pointer_carries_small_and_large_transfers() {
+    for (mpsmin, sgls) in (0..=4).flat_map(|mpsmin| {
+        [SglSupport::Absent, SglSupport::Byte, SglSupport::Dword].map(|sgls| (mpsmin, sgls))
+    }) {
+        let (emulator, mut queue) = queue(ControllerConfig { mpsmin, sgls, ..config(Mode::Inline) }, 32);
         exercise(&mut queue, 31);
         let data: Vec<u8> = (0..BLOCKS).flat_map(|lba| block_of(lba, 12_345)).collect();
         let mut buffer = queue.pool().try_alloc(data.len()).unwrap();
@@ -106,7 +108,7 @@ fn every_kind_of_data_pointer_carries_small_and_large_transfers() {
             assert_eq!(done.result, Ok(()));
             let mut bytes = vec![0; data.len()];
             done.buffer.unwrap().read_at(0, &mut bytes);
-            assert!(bytes == data, "{sgls:?}");
+            assert!(bytes == data, "mpsmin {mpsmin}, {sgls:?}");
         });
         assert_eq!(emulator.memory().fault_count(), 0);
     }

@@ -3,7 +3,7 @@
 //! Invariants: the list that is filled has exactly the bytes asked for, or the walk fails with the status the
 //! specification names; nothing is transferred by a failed walk. Each entry is read once.
 //!
-//! Excludes: SGLs (refused before this is reached), the transfer.
+//! Excludes: SGLs (`sgl`), the transfer.
 
 use nvme_spec::StatusCode;
 

@@ -5,6 +5,7 @@
 //! Invariants:
 //! - a submission slot's `queue` is used by one thread at a time (its lock); different queues never share a lock but that
 //!   of a completion queue they both complete to;
+//! - both halves of a fused pair are fetched before the first is handed out;
 //! - an entry is posted only where the host has freed a slot (head doorbell), so no unread completion is overwritten;
 //! - locks are taken in the order: submission queue 0, submission queue n, completion queue, the controller's own.
 //!
@@ -14,7 +15,7 @@
 //! - `stalled` and the head doorbell form a store-load pair on both sides, each with a sequentially consistent fence in
 //!   between: either the poster sees the freed slot or the doorbell write sees that someone is stalled.
 //!
-//! Excludes: what commands mean.
+//! Excludes: what commands mean; how a shadow doorbell is read and its event index written (`shadow`).
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};

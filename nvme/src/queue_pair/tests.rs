@@ -11,6 +11,7 @@ use nvme_spec::{AdminOpcode, CompletionEntry, NvmOpcode};
 use reactor::block::Lba;
 
 mod data_pointers;
+mod hostile;
 mod nvm;
 
 const BLOCK: usize = 4096;

@@ -291,3 +291,33 @@ fn doorbells_by_message_wait_for_room_and_arrive() {
     }
     assert_eq!(transport.read32(8), Ok(0));
 }
+
+/// The file behind the doorbells shrinks: the store raised SIGBUS and ended the process.
+#[test]
+fn a_doorbell_page_that_vanishes_costs_its_doorbells_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("cntrl");
+    let listener = UnixListener::bind(&path).unwrap();
+    let server = std::thread::spawn(move || {
+        let channel = Channel::new(listener.accept().unwrap().0).unwrap();
+        let page = memory(0x2000);
+        while let Ok(message) = channel.receive(MAX_MESSAGE, None, far()) {
+            let fds = [page.as_fd()];
+            let body = honest_body(&message).0;
+            let info = message.header.command == Command::DEVICE_GET_REGION_INFO;
+            if message.header.command == Command::DEVICE_RESET {
+                nix::unistd::ftruncate(&page, 0).unwrap();
+            }
+            if send(&channel, &message, &body, if info { &fds } else { &[] }).is_err() {
+                return;
+            }
+        }
+    });
+    let transport = VfioUserTransport::connect(&path, Duration::from_secs(10)).unwrap();
+    transport.doorbell(0x1000, 1);
+    transport.reset_function().unwrap();
+    transport.doorbell(0x1000, 2);
+    assert_eq!(transport.read32(8), Ok(0));
+    drop(transport);
+    server.join().unwrap();
+}

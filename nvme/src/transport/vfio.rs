@@ -24,7 +24,7 @@ mod dma;
 mod info;
 mod interrupts;
 mod iova;
-mod sigbus;
+pub(super) mod sigbus;
 mod sys;
 
 use std::ffi::CString;

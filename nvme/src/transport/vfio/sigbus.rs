@@ -52,7 +52,7 @@ static TAKING: Mutex<()> = Mutex::new(());
 
 /// A mapping that SIGBUS in does not end the process. Must be dropped before the mapping is.
 #[derive(Debug)]
-pub(super) struct Watch {
+pub(in crate::transport) struct Watch {
     slot: usize,
 }
 
@@ -61,7 +61,7 @@ impl Watch {
     ///
     /// # Errors
     /// All slots are in use, or the system refuses the handler.
-    pub(super) fn new(start: usize, bytes: usize) -> io::Result<Self> {
+    pub(in crate::transport) fn new(start: usize, bytes: usize) -> io::Result<Self> {
         debug_assert!(start.is_multiple_of(PAGE) && bytes.is_multiple_of(PAGE) && start != 0);
         let _taking = TAKING.lock().unwrap_or_else(PoisonError::into_inner);
         install()?;

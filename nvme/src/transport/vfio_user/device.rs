@@ -3,7 +3,7 @@
 //!
 //! Invariants: everything the server says is checked before it is used: sizes, alignments, that a mapping lies in its file.
 //!
-//! Excludes: a file that shrinks after it was looked at. It is sealed against that where it can be.
+//! A file that shrinks after it was looked at does no harm: stores into it are watched. It is sealed besides, where it can be.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,6 +22,7 @@ use zerocopy::IntoBytes;
 
 use super::VfioUserError;
 use super::connection::{Connection, RequestError};
+use crate::transport::vfio::sigbus::Watch;
 
 /// Largest BAR0 that is believed.
 const MAX_BAR_BYTES: u64 = 1 << 30;
@@ -125,6 +126,8 @@ pub(super) fn enable(connection: &Connection) -> Result<(), RequestError> {
 pub(super) struct DoorbellArea {
     /// Where in BAR0 it begins.
     first: u64,
+    /// A file that shrinks makes stores raise SIGBUS; they are lost instead. Dropped before the mapping.
+    _watch: Watch,
     memory: MmapRegion,
 }
 
@@ -176,7 +179,9 @@ fn doorbell_area(
     }
     let memory = MmapRegion::from_file(FileOffset::new(file, in_file), size as usize)
         .map_err(|error| refused(error.to_string()))?;
-    Ok(Some(DoorbellArea { first: offset, memory }))
+    let watch =
+        Watch::new(memory.as_ptr() as usize, memory.size()).map_err(|error| refused(error.to_string()))?;
+    Ok(Some(DoorbellArea { first: offset, _watch: watch, memory }))
 }
 
 fn end_of(area: &SparseArea) -> Option<u64> {

@@ -8,6 +8,7 @@
 //! - the device is a bus master only while the transport lives, and reaches only memory that is mapped for it;
 //! - when it is dropped: bus master off, interrupts off, BAR unmapped, device closed, then the group given back, also
 //!   while somebody still holds a DMA region;
+//! - nobody waits for a device that is gone: it is closed by a thread of its own;
 //! - a device that is removed reads as all ones: whether by SIGBUS, by a failing call, or by a bus that answers zeroes.
 //!
 //! *Memory ordering*: see `bar`.
@@ -169,7 +170,12 @@ const HINT_INTERRUPTS: &str = "; the kernel log says why, often that interrupt r
 /// The way to a controller bound to vfio-pci.
 pub struct VfioTransport {
     name: String,
-    // Fields are dropped in this order, after `drop` has stopped the device.
+    /// Taken by `drop` only.
+    open: Option<OpenDevice>,
+}
+
+/// An open device. Fields are dropped in this order, after `drop` has stopped the device.
+struct OpenDevice {
     interrupts: Interrupts,
     bar: Arc<Bar>,
     config: Config,
@@ -298,8 +304,7 @@ impl Opening<'_> {
             Mapper::new(iommu, self.sysfs.clone()).map_err(self.failed("ask what the IOMMU can do"))?;
         let limit = mapper.limit();
         config.enable(BusMaster::On).map_err(configured)?;
-        Ok(Arc::new(VfioTransport {
-            name: format!("pci:{}", self.address),
+        let open = OpenDevice {
             interrupts: Interrupts::new(Arc::clone(&device), vectors, table),
             bar,
             config,
@@ -308,7 +313,8 @@ impl Opening<'_> {
             revoked: AtomicBool::new(false),
             device,
             memory: Memory(SlabPool::new(mapper, limit)),
-        }))
+        };
+        Ok(Arc::new(VfioTransport { name: format!("pci:{}", self.address), open: Some(open) }))
     }
 
     /// The MSI-X table, if it can be mapped; it is needed only to hold interrupts back.
@@ -342,17 +348,38 @@ impl Opening<'_> {
     }
 }
 
-impl VfioTransport {
+impl OpenDevice {
     /// Whether a register that reads as zero does so because nobody answers: some buses give zeroes then.
     fn is_gone(&self) -> bool {
         self.bar.is_gone() || self.config.is_gone()
     }
 }
 
-impl Drop for VfioTransport {
+impl Drop for OpenDevice {
     fn drop(&mut self) {
         // Fails if the device is gone. The kernel does it once more when the descriptor is closed.
         let _ = self.config.stop_bus_master();
+    }
+}
+
+impl VfioTransport {
+    #[inline]
+    fn open_device(&self) -> &OpenDevice {
+        self.open.as_ref().expect("only `drop` takes it")
+    }
+}
+
+impl Drop for VfioTransport {
+    fn drop(&mut self) {
+        let open = self.open.take();
+        if open.as_ref().is_some_and(OpenDevice::is_gone) {
+            // The kernel resets the function on close. If it has not noticed that the device is gone, it waits for more than
+            // a minute for an answer, which nobody here should have to. Without a thread the wait is ours.
+            let closing = std::thread::Builder::new().name("vfio-close".to_owned());
+            if let Err(error) = closing.spawn(move || drop(open)) {
+                tracing::debug!(%error, "a device that is gone was closed without a thread");
+            }
+        }
     }
 }
 
@@ -362,76 +389,80 @@ impl Transport for VfioTransport {
     }
 
     fn bar_bytes(&self) -> u64 {
-        self.bar.bytes()
+        self.open_device().bar.bytes()
     }
 
     fn read32(&self, offset: u64) -> Result<u32, TransportError> {
-        let value = self.bar.read(offset)?;
-        Ok(if value == 0 && self.is_gone() { u32::MAX } else { value })
+        let open = self.open_device();
+        let value = open.bar.read(offset)?;
+        Ok(if value == 0 && open.is_gone() { u32::MAX } else { value })
     }
 
     fn read64(&self, offset: u64) -> Result<u64, TransportError> {
+        let open = self.open_device();
         // In two halves, which every controller understands (NVMe 1.4 §3.1).
-        let (low, high) = (self.bar.read(offset)?, self.bar.read(offset.wrapping_add(4))?);
+        let (low, high) = (open.bar.read(offset)?, open.bar.read(offset.wrapping_add(4))?);
         let value = u64::from(high) << 32 | u64::from(low);
-        Ok(if value == 0 && self.is_gone() { u64::MAX } else { value })
+        Ok(if value == 0 && open.is_gone() { u64::MAX } else { value })
     }
 
     fn write32(&self, offset: u64, value: u32) -> Result<(), TransportError> {
-        self.bar.write(offset, value)
+        self.open_device().bar.write(offset, value)
     }
 
     fn write64(&self, offset: u64, value: u64) -> Result<(), TransportError> {
-        self.bar.write(offset, value as u32)?;
-        self.bar.write(offset.wrapping_add(4), (value >> 32) as u32)
+        self.open_device().bar.write(offset, value as u32)?;
+        self.open_device().bar.write(offset.wrapping_add(4), (value >> 32) as u32)
     }
 
     fn doorbell(&self, offset: u64, value: u32) {
-        self.bar.doorbell(offset, value);
+        self.open_device().bar.doorbell(offset, value);
     }
 
     fn allocate(&self, bytes: usize) -> Result<Arc<dyn DmaRegion>, TransportError> {
-        self.memory.0.allocate(bytes)
+        self.open_device().memory.0.allocate(bytes)
     }
 
     fn interrupt_vectors(&self) -> u16 {
-        self.interrupts.vectors()
+        self.open_device().interrupts.vectors()
     }
 
     fn connect_interrupt(&self, vector: u16, eventfd: BorrowedFd<'_>) -> Result<(), TransportError> {
-        self.interrupts.connect(vector, eventfd)
+        self.open_device().interrupts.connect(vector, eventfd)
     }
 
     fn listen(&self, vector: u16, listen: Listen) {
-        self.interrupts.listen(vector, listen);
+        self.open_device().interrupts.listen(vector, listen);
     }
 
     fn revoke_dma(&self) -> Result<(), TransportError> {
+        let open = self.open_device();
         // Before the bit is cleared, so that a reset does not set it again.
-        self.revoked.store(true, Ordering::SeqCst);
-        if let Err(error) = self.config.stop_bus_master() {
+        open.revoked.store(true, Ordering::SeqCst);
+        if let Err(error) = open.config.stop_bus_master() {
             tracing::warn!(device = self.name, %error, "bus master cannot be switched off");
         }
         // The IOMMU decides, whatever the device does.
-        self.memory.0.mapper().revoke()
+        open.memory.0.mapper().revoke()
     }
 
     fn reset_function(&self) -> Result<(), TransportError> {
         const WHAT: &str = "reset the function";
-        if !self.can_reset {
+        let open = self.open_device();
+        if !open.can_reset {
             return Err(TransportError::Unsupported(WHAT));
         }
         let failed = |reason: String| TransportError::Failed { what: WHAT, reason };
-        sys::reset(self.device.as_fd()).map_err(|errno| failed(errno.to_string()))?;
-        if self.config.is_gone() {
+        sys::reset(open.device.as_fd()).map_err(|errno| failed(errno.to_string()))?;
+        if open.config.is_gone() {
             return Err(failed("the device does not answer any more".to_owned()));
         }
-        let master = if self.revoked.load(Ordering::SeqCst) { BusMaster::Off } else { BusMaster::On };
-        self.config.enable(master).map_err(|error| failed(error.to_string()))?;
-        self.bar.map_anew().map_err(|error| failed(error.to_string()))
+        let master = if open.revoked.load(Ordering::SeqCst) { BusMaster::Off } else { BusMaster::On };
+        open.config.enable(master).map_err(|error| failed(error.to_string()))?;
+        open.bar.map_anew().map_err(|error| failed(error.to_string()))
     }
 
     fn removal_event(&self) -> Option<BorrowedFd<'_>> {
-        self.removal.as_ref().map(AsFd::as_fd)
+        self.open_device().removal.as_ref().map(AsFd::as_fd)
     }
 }

@@ -2,12 +2,13 @@
 //!
 //! Everything is read from a [`Sysfs`], so that tests and tools can look at a tree of their own.
 //!
-//! Invariants: nothing here is written to and no device is opened; what a system does not show (no IOMMU, no kernel
+//! Invariants: but for [`bind`] and [`unbind`] nothing is written to, and no device is opened; what a system does not show (no IOMMU, no kernel
 //! driver) is `None` or empty, never an error; a device that disappears while it is looked at is left out.
 //!
-//! Excludes: binding drivers; opening devices (the VFIO transport).
+//! Excludes: opening devices (the VFIO transport).
 
 mod address;
+mod bind;
 mod group;
 mod in_use;
 
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 pub use address::{PciAddress, PciAddressError, PciAddressProblem};
+pub use bind::{BindError, bind, unbind};
 pub use group::{GroupMember, IommuGroup, group};
 pub use in_use::{BlockDevice, InUse, who_has_open};
 

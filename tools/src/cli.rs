@@ -20,6 +20,7 @@ use clap::{Parser, Subcommand};
 
 use crate::failure::Failure;
 
+mod bind;
 mod dump;
 mod fsck;
 mod identify;
@@ -42,6 +43,7 @@ Exit codes:
 Device specs:
   emu:PATH[,size=4GiB][,lba=512|4096][,queues=N][,ns=ID]   embedded controller on a sparse file
   emu:mem,size=1GiB[,...]                                  embedded controller in memory
+  pci:ADDR[,queues=N][,ns=ID]                              controller bound to vfio-pci
   vfio-user:PATH[,queues=N][,ns=ID]                        controller behind a vfio-user socket
 
 Example:
@@ -62,6 +64,8 @@ enum Task {
     Fsck(fsck::Fsck),
     Dump(dump::Dump),
     List(list::List),
+    Bind(bind::Bind),
+    Unbind(bind::Unbind),
     Identify(identify::Identify),
     Smart(smart::Smart),
     Perf(perf::Perf),
@@ -79,6 +83,8 @@ impl Pollux {
             Task::Fsck(fsck) => fsck.run(),
             Task::Dump(dump) => dump.run(),
             Task::List(list) => list.run(),
+            Task::Bind(bind) => bind.run(),
+            Task::Unbind(unbind) => unbind.run(),
             Task::Identify(identify) => identify.run(),
             Task::Smart(smart) => smart.run(),
             Task::Perf(perf) => perf.run(),

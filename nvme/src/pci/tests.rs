@@ -41,10 +41,13 @@ impl FakeSystem {
         self.write(&format!("{directory}/device"), "0xa80a\n");
         self.write(&format!("{directory}/numa_node"), "-1\n");
         if let Some(driver) = driver {
-            self.link(&format!("{directory}/driver"), &format!("../../../bus/pci/drivers/{driver}"));
+            self.link(&format!("{directory}/driver"), &format!("../../../../bus/pci/drivers/{driver}"));
         }
         if let Some(group) = group {
-            self.link(&format!("{directory}/iommu_group"), &format!("../../../kernel/iommu_groups/{group}"));
+            self.link(
+                &format!("{directory}/iommu_group"),
+                &format!("../../../../kernel/iommu_groups/{group}"),
+            );
             self.write(&format!("sys/kernel/iommu_groups/{group}/devices/{address}"), "");
         }
     }

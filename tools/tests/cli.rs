@@ -182,6 +182,33 @@ fn smart_has_the_field_names_of_nvme_cli() {
     assert!(text.contains("temperature") && text.contains(" K)"), "{text}");
 }
 
+#[test]
+fn devices_that_are_not_there_are_named() {
+    let scratch = tempfile::tempdir().unwrap();
+    let image = format!("emu:{}/missing.img", scratch.path().display());
+    let socket = format!("vfio-user:{}/missing.sock", scratch.path().display());
+    let slot = "pci:ffff:ff:1f.7".to_owned();
+    for spec in [image, socket, slot] {
+        let perf = ["perf", "--rw", "read", "--runtime", "0.1", "--device", &spec];
+        for arguments in [&["identify", "--device", &spec][..], &["smart", "--device", &spec], &perf] {
+            let output = pollux(arguments);
+            assert_eq!(output.status.code(), Some(1), "{arguments:?}: {}", said(&output));
+            let named = spec.split_once(':').unwrap().1;
+            assert!(said(&output).contains(named), "{arguments:?}: {}", said(&output));
+            assert!(output.stdout.is_empty() && !said(&output).contains("panicked"), "{}", said(&output));
+        }
+    }
+    assert!(std::fs::read_dir(scratch.path()).unwrap().next().is_none(), "something was created");
+}
+
+#[test]
+fn perf_with_more_cores_than_queues_says_what_to_do() {
+    let arguments = ["--rw", "read", "--cores", "0-1", "--runtime", "0.1", "--json"];
+    let output = pollux(&[&["perf", "--device", "emu:mem,size=64MiB,queues=1"], &arguments[..]].concat());
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    assert!(said(&output).contains("queues=N") && output.stdout.is_empty(), "{}", said(&output));
+}
+
 /// Whatever this host has, the list is a table or says that there is nothing.
 #[test]
 fn list_works_on_any_host() {
@@ -290,27 +317,28 @@ fn reader_that_leaves_early_is_no_error_message() {
 
 /// Starts a server and waits until its socket is there.
 fn serve(socket: &Path) -> std::process::Child {
-    let spec = ["serve", "--device", "emu:mem,size=64MiB", "--socket", socket.to_str().unwrap()];
+    let spec =
+        ["serve", "--device", "emu:mem,size=64MiB", "--socket", socket.to_str().expect("a path in UTF-8")];
     let mut child = Command::new(env!("CARGO_BIN_EXE_pollux"))
         .args(spec)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
-        .unwrap();
+        .expect("a server under test");
     // It says where it listens once it does.
     let mut line = String::new();
-    let output = child.stdout.take().unwrap();
+    let output = child.stdout.take().expect("a server under test");
     let mut output = std::io::BufReader::new(output);
-    std::io::BufRead::read_line(&mut output, &mut line).unwrap();
+    std::io::BufRead::read_line(&mut output, &mut line).expect("a server under test");
     assert!(line.contains(&socket.display().to_string()), "{line}");
     child.stdout = Some(output.into_inner());
     child
 }
 
 fn terminate(child: &mut std::process::Child) -> Option<i32> {
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-    child.wait().unwrap().code()
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).expect("a server under test"));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("a server under test");
+    child.wait().expect("a server under test").code()
 }
 
 #[test]

@@ -26,6 +26,16 @@ fn range(lba: u64, blocks: u64) -> LbaRange {
 }
 
 impl Bench {
+    /// With a controller that is reset when it fails.
+    fn recovering(depth: u16) -> Self {
+        let fake = Fake::new(able());
+        let (transport, timing) = (Arc::clone(&fake), Arc::clone(&fake.timing));
+        let polled = ControllerOptions { keeper: Keeper::Polled, ..ControllerOptions::default() };
+        let controller = Controller::bring_up(transport, timing, &polled).unwrap();
+        let queue = controller.create_queue(&options(depth)).unwrap();
+        Self { fake, queue }
+    }
+
     fn submit(&mut self, tag: u64, request: NvmRequest) -> Result<(), RejectReason> {
         self.queue.submit_nvm(OpTag(tag), request).map_err(|rejected| rejected.reason)
     }
@@ -355,4 +365,61 @@ fn copies_onto_themselves_and_beyond_the_end_are_refused() {
     bench.submit(2, NvmRequest::Copy { sources: Vec::new(), destination: Lba::new(0) }).unwrap();
     bench.submit(3, NvmRequest::Verify(range(5, 0))).unwrap();
     assert_eq!(bench.poll().len(), 2, "nothing to do is done at once");
+}
+
+#[test]
+fn after_a_reset_copies_are_repeated_and_pairs_are_not() {
+    let mut bench = Bench::recovering(8);
+    bench.swap(1, 5, 1).unwrap();
+    bench.submit(2, NvmRequest::Copy { sources: vec![range(1000, 20)], destination: Lba::new(500) }).unwrap();
+    bench.submit(3, NvmRequest::Verify(range(0, 1))).unwrap();
+    let buffer = bench.buffer(BLOCK);
+    bench.submit(4, NvmRequest::Compare { lba: Lba::new(0), buffer }).unwrap();
+    bench.queue.ring();
+    // Half of the pair had completed, and half of the copy.
+    let commands = bench.commands();
+    bench.answer(&commands[0], Status::SUCCESS);
+    bench.answer(&commands[2], Status::SUCCESS);
+    bench.queue.shared.fail(Fault::FatalStatus { csts: 3 });
+    let mut done = Vec::new();
+    for _ in 0..100 {
+        done.extend(bench.poll());
+        bench.queue.ring();
+        bench.fake.timing.advance(Duration::from_millis(10));
+    }
+    let [ref pair] = done[..] else { panic!("{done:?}") };
+    assert_eq!((pair.tag, &pair.result), (OpTag(1), &Err(IoError::Timeout)), "its outcome is unknown");
+    assert!(pair.buffer.is_some());
+    let again: Vec<_> = bench.commands().iter().map(|command| NvmOpcode(command.opcode)).collect();
+    assert_eq!(again, [NvmOpcode::COPY, NvmOpcode::COPY, NvmOpcode::VERIFY, NvmOpcode::COMPARE]);
+    assert_eq!(bench.commands()[0].copy_view().sdlba, 500, "from its beginning");
+    bench.fake.complete_all(1);
+    let done = bench.poll();
+    assert!(done.len() == 3 && done.iter().all(|done| done.result == Ok(())), "{done:?}");
+    assert_eq!(bench.queue.in_flight(), 0);
+}
+
+#[test]
+fn a_pair_that_waits_in_the_backlog_survives_a_reset() {
+    let mut bench = Bench::recovering(4);
+    for tag in 0..3 {
+        bench.read(tag, 0, BLOCK);
+    }
+    bench.swap(50, 8, 1).unwrap();
+    bench.queue.ring();
+    bench.queue.shared.fail(Fault::FatalStatus { csts: 3 });
+    let mut done = Vec::new();
+    for _ in 0..100 {
+        done.extend(bench.poll());
+        bench.queue.ring();
+        if bench.fake.has_queue(1) {
+            bench.fake.complete_all(1);
+        }
+        bench.fake.timing.advance(Duration::from_millis(10));
+    }
+    assert!(
+        done.len() == 4 && done.iter().all(|done| done.result == Ok(())),
+        "it had never been sent: {done:?}"
+    );
+    assert_eq!(bench.queue.in_flight(), 0);
 }

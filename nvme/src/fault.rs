@@ -1,6 +1,6 @@
 //! A controller's faults, and the life it leads through and after them.
 //!
-//! Owns: [`Fault`], the state machine [`Life`], and [`Health`], which every queue reads.
+//! Owns: [`Fault`], the state machine [`Life`], and `Health`, which every queue reads.
 //!
 //! | state \\ event | `Fault` | `Quiet` | `Reset` | `Revived` | `Stuck` |
 //! |---|---|---|---|---|---|

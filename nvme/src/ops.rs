@@ -75,25 +75,37 @@ impl Kind {
     }
 }
 
-/// One request.
+/// One request: what every request needs, in one cache line, and the rest behind it.
 #[derive(Debug)]
+#[repr(align(64))]
 pub(crate) struct Op {
     pub(crate) tag: OpTag,
+    pub(crate) buffer: Option<DmaBuffer>,
+    /// First block.
+    pub(crate) lba: u64,
+    /// When it was submitted, if latencies are recorded.
+    pub(crate) started: Instant,
+    /// Commands in flight; of a free entry, the next free one or [`NONE`].
+    pub(crate) outstanding: u32,
     pub(crate) kind: Kind,
     pub(crate) in_use: bool,
+    /// One command is all there is to it, and nothing unusual has happened to it: `rest` says nothing.
+    pub(crate) simple: bool,
+    pub(crate) rest: Box<Rest>,
+}
+
+/// What a request needs that takes several commands, has to wait, or fails.
+#[derive(Debug, Default)]
+pub(crate) struct Rest {
     /// Waits for command slots, in the backlog.
     pub(crate) in_backlog: bool,
-    pub(crate) buffer: Option<DmaBuffer>,
     /// Blocks not sent yet, from `next_lba` and `next_offset` bytes into the buffer on.
     pub(crate) blocks_left: u64,
     pub(crate) next_lba: u64,
     pub(crate) next_offset: u64,
-    /// Commands in flight.
-    pub(crate) outstanding: u32,
     /// To be sent again, whole, once nothing is outstanding.
     pub(crate) repeat: bool,
-    /// First block and blocks of the whole request.
-    lba: u64,
+    /// Blocks of the whole request.
     blocks: u64,
     /// Repetitions because of a status.
     pub(crate) retries: u8,
@@ -104,31 +116,32 @@ pub(crate) struct Op {
     /// Time to wait before it is repeated.
     pub(crate) delay: Duration,
     pub(crate) error: Option<IoError>,
-    /// When it was submitted, if latencies are recorded.
-    pub(crate) started: Instant,
 }
+
+const _: () = assert!(size_of::<Op>() == 64);
 
 impl Op {
     fn empty() -> Self {
         Self {
             tag: OpTag(0),
+            buffer: None,
+            lba: 0,
+            started: Instant::ZERO,
+            outstanding: 0,
             kind: Kind::Nothing,
             in_use: false,
-            in_backlog: false,
-            buffer: None,
-            blocks_left: 0,
-            next_lba: 0,
-            next_offset: 0,
-            outstanding: 0,
-            repeat: false,
-            lba: 0,
-            blocks: 0,
-            retries: 0,
-            resets: 0,
-            timeouts: 0,
-            delay: Duration::ZERO,
-            error: None,
-            started: Instant::ZERO,
+            simple: false,
+            rest: Box::default(),
+        }
+    }
+
+    /// Makes the rest of a simple operation say what it implies, because something unusual happens to it. `lba_shift` is that
+    /// of the blocks.
+    pub(crate) fn unfold(&mut self, lba_shift: u8) {
+        if self.simple {
+            let blocks = self.buffer.as_ref().map_or(0, DmaBuffer::len) as u64 >> lba_shift;
+            self.begin(self.kind, self.lba, blocks);
+            self.rest.blocks_left = 0;
         }
     }
 
@@ -136,65 +149,83 @@ impl Op {
     #[inline]
     pub(crate) fn begin(&mut self, kind: Kind, lba: u64, blocks: u64) {
         self.kind = kind;
-        (self.lba, self.blocks) = (lba, blocks);
-        (self.retries, self.resets, self.timeouts) = (0, 0, 0);
+        (self.lba, self.rest.blocks) = (lba, blocks);
+        (self.rest.retries, self.rest.resets, self.rest.timeouts) = (0, 0, 0);
         self.rewind();
     }
 
     /// Everything remains to be sent.
     #[inline]
     pub(crate) fn rewind(&mut self) {
-        self.repeat = false;
-        self.next_lba = self.lba;
-        self.next_offset = 0;
-        self.blocks_left = self.blocks;
+        self.rest.repeat = false;
+        self.simple = false;
+        self.rest.next_lba = self.lba;
+        self.rest.next_offset = 0;
+        self.rest.blocks_left = self.rest.blocks;
     }
 
     /// Whether nothing remains to be sent or awaited.
     pub(crate) fn is_done(&self) -> bool {
-        self.outstanding == 0 && self.blocks_left == 0 && !self.in_backlog
+        self.outstanding == 0 && self.rest.blocks_left == 0 && !self.rest.in_backlog
     }
 
     /// Keeps the first error and sends nothing more.
     pub(crate) fn fail(&mut self, error: IoError) {
-        self.error.get_or_insert(error);
-        self.blocks_left = 0;
+        self.rest.error.get_or_insert(error);
+        self.simple = false;
+        self.rest.blocks_left = 0;
     }
 }
+
+/// End of the list of free entries.
+const NONE: u16 = u16::MAX;
 
 /// The requests of one queue.
 #[derive(Debug)]
 pub(crate) struct Ops {
     table: Box<[Op]>,
-    free: Vec<u16>,
+    /// The entry that is taken next, or [`NONE`].
+    free: u16,
+    in_use: u16,
 }
 
 impl Ops {
     pub(crate) fn new(count: u16) -> Self {
-        Self { table: (0..count).map(|_| Op::empty()).collect(), free: (0..count).rev().collect() }
+        assert!(count < NONE, "a queue has at most 4096 commands");
+        let entry = |index| Op { outstanding: u32::from(index) + 1, ..Op::empty() };
+        let mut table: Box<[Op]> = (0..count).map(entry).collect();
+        if let Some(last) = table.last_mut() {
+            last.outstanding = u32::from(NONE);
+        }
+        Self { table, free: if count == 0 { NONE } else { 0 }, in_use: 0 }
     }
 
     pub(crate) fn in_use(&self) -> usize {
-        self.table.len() - self.free.len()
+        usize::from(self.in_use)
     }
 
     pub(crate) fn capacity(&self) -> usize {
         self.table.len()
     }
 
+    #[inline]
     pub(crate) fn has_free(&self) -> bool {
-        !self.free.is_empty()
+        self.free != NONE
     }
 
     /// Takes a free entry, with nothing outstanding.
     pub(crate) fn take(&mut self) -> Option<u16> {
-        let index = self.free.pop()?;
-        let op = &mut self.table[usize::from(index)];
-        debug_assert!(!op.in_use && op.buffer.is_none() && op.error.is_none() && op.outstanding == 0);
-        op.in_use = true;
+        let index = self.free;
+        // The end of the list is beyond the last entry.
+        let op = self.table.get_mut(usize::from(index))?;
+        debug_assert!(!op.in_use && op.buffer.is_none() && op.rest.error.is_none());
+        self.free = op.outstanding as u16;
+        self.in_use += 1;
+        (op.in_use, op.outstanding) = (true, 0);
         Some(index)
     }
 
+    #[inline]
     pub(crate) fn get(&mut self, index: u16) -> &mut Op {
         &mut self.table[usize::from(index)]
     }
@@ -204,12 +235,49 @@ impl Ops {
         let op = &mut self.table[usize::from(index)];
         assert!(op.in_use, "operation {index} completed twice");
         op.in_use = false;
-        op.in_backlog = false;
-        op.blocks_left = 0;
-        op.outstanding = 0;
-        op.repeat = false;
-        self.free.push(index);
-        (op.tag, op.error.take().map_or(Ok(()), Err), op.buffer.take())
+        op.rest.in_backlog = false;
+        op.rest.blocks_left = 0;
+        (op.rest.repeat, op.simple) = (false, false);
+        op.outstanding = u32::from(self.free);
+        self.free = index;
+        self.in_use -= 1;
+        (op.tag, op.rest.error.take().map_or(Ok(()), Err), op.buffer.take())
+    }
+
+    /// Takes a free entry, of which one must have been seen, for a request that one command carries out.
+    #[inline(always)]
+    pub(crate) fn take_simple(
+        &mut self,
+        tag: OpTag,
+        kind: Kind,
+        lba: u64,
+        started: Instant,
+        buffer: DmaBuffer,
+    ) -> u16 {
+        let index = self.free;
+        let op = &mut self.table[usize::from(index)];
+        debug_assert!(!op.in_use && op.buffer.is_none() && op.rest.error.is_none());
+        self.free = op.outstanding as u16;
+        self.in_use += 1;
+        (op.tag, op.kind, op.started) = (tag, kind, started);
+        op.lba = lba;
+        (op.in_use, op.simple, op.outstanding) = (true, true, 1);
+        // Nothing is dropped: the place is empty.
+        op.buffer = Some(buffer);
+        index
+    }
+
+    /// Frees an entry of [`Self::take_simple`], if it is as simple as it was. The caller takes what it holds.
+    #[inline(always)]
+    pub(crate) fn release_simple(&mut self, index: u16) -> Option<&mut Op> {
+        let op = &mut self.table[usize::from(index)];
+        if !op.simple {
+            return None;
+        }
+        (op.in_use, op.simple, op.outstanding) = (false, false, u32::from(self.free));
+        self.free = index;
+        self.in_use -= 1;
+        Some(op)
     }
 
     /// The first entry in use, if any.

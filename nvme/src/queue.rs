@@ -15,15 +15,13 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use nvme_spec::completion::{PHASE_DWORD_BIT, PHASE_DWORD_OFFSET};
 use nvme_spec::registers::{Cap, Doorbell, doorbell_offset};
 use nvme_spec::{CQE_BYTES, CommandId, CompletionEntry, QueueId, SQE_BYTES, Status, SubmissionEntry};
-use reactor::dma::DmaRegion;
+use reactor::dma::{DmaCells, DmaRegion};
 use thiserror::Error;
-use vm_memory::Bytes;
-use zerocopy::IntoBytes;
 
 use crate::ring::{CompletionRing, SubmissionRing};
 use crate::shadow::{ShadowDoorbells, ShadowMemory};
@@ -32,8 +30,6 @@ use crate::transport::{Transport, TransportError, aligned};
 
 /// Completion queue entries beyond the submission queue's: the device may run ahead of a head that is rung late.
 pub(crate) const CQ_SLACK: u32 = 8;
-/// Bytes of memory set to zero at a time.
-const ZEROES_BYTES: usize = 4096;
 
 /// How a controller broke the queue protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -108,8 +104,8 @@ pub(crate) struct Reaped {
 pub(crate) struct Queue {
     id: QueueId,
     transport: Arc<dyn Transport>,
-    sq_memory: Arc<dyn DmaRegion>,
-    cq_memory: Arc<dyn DmaRegion>,
+    sq_memory: DmaCells,
+    cq_memory: DmaCells,
     sq: SubmissionRing,
     cq: CompletionRing,
     sq_doorbell: u64,
@@ -133,8 +129,8 @@ impl Queue {
             aligned::allocate(&*transport, shape.cq_entries as usize * CQE_BYTES, shape.page_bytes)?;
         Ok(Self {
             id: shape.id,
-            sq_memory,
-            cq_memory,
+            sq_memory: DmaCells::new(sq_memory),
+            cq_memory: DmaCells::new(cq_memory),
             sq: SubmissionRing::new(shape.sq_entries),
             cq: CompletionRing::new(shape.cq_entries),
             sq_doorbell: doorbell_offset(shape.dstrd, shape.id, Doorbell::SubmissionTail),
@@ -149,16 +145,8 @@ impl Queue {
     /// Back to the state of a fresh queue: the device was told to forget it. Everything in flight is forgotten.
     pub(crate) fn restart(&mut self) {
         // Zeroes have the phase that a fresh completion ring does not expect.
-        for memory in [&self.sq_memory, &self.cq_memory] {
-            let slice = memory.slice();
-            let zeroes = [0; ZEROES_BYTES];
-            let mut at = 0;
-            while at < slice.len() {
-                let piece = zeroes.len().min(slice.len() - at);
-                slice.write_slice(&zeroes[..piece], at).expect("a piece within the queue's memory");
-                at += piece;
-            }
-        }
+        self.sq_memory.clear();
+        self.cq_memory.clear();
         self.sq = SubmissionRing::new(self.sq.entries());
         self.cq = CompletionRing::new(self.cq.entries());
         self.slots.release_all();
@@ -172,22 +160,24 @@ impl Queue {
     }
 
     pub(crate) fn sq_iova(&self) -> u64 {
-        self.sq_memory.iova()
+        self.sq_memory.region().iova()
     }
 
     pub(crate) fn cq_iova(&self) -> u64 {
-        self.cq_memory.iova()
+        self.cq_memory.region().iova()
     }
 
     /// The queue's memory, to be kept while the device might still use it.
     pub(crate) fn memory(&self) -> [Arc<dyn DmaRegion>; 2] {
-        [Arc::clone(&self.sq_memory), Arc::clone(&self.cq_memory)]
+        [Arc::clone(self.sq_memory.region()), Arc::clone(self.cq_memory.region())]
     }
 
+    #[inline]
     pub(crate) fn slots(&self) -> &CommandSlots {
         &self.slots
     }
 
+    #[inline]
     pub(crate) fn slots_mut(&mut self) -> &mut CommandSlots {
         &mut self.slots
     }
@@ -197,22 +187,20 @@ impl Queue {
     }
 
     /// Puts a command into the submission queue, under a fresh identifier. A slot must be free.
+    #[inline(always)]
     pub(crate) fn push(&mut self, mut entry: SubmissionEntry, owner: u16) -> (u16, CommandId) {
-        if self.sq.must_ring() {
-            self.ring();
-        }
+        // There is room: fewer commands are in flight than the ring has entries less one.
         let position = self.sq.push();
         let (slot, cid) =
             self.slots.take(owner, position.sequence).expect("the caller checked for a free slot");
         entry.cid.set(cid.get());
-        self.sq_memory
-            .slice()
-            .write_slice(entry.as_bytes(), position.index as usize * SQE_BYTES)
-            .expect("a ring index lies within the queue's memory");
+        let words: [u64; SQE_BYTES / 8] = zerocopy::transmute!(entry);
+        self.sq_memory.store_entry(position.index as usize, words);
         (slot, cid)
     }
 
     /// Tells the device of everything pushed since the last call.
+    #[inline]
     pub(crate) fn ring(&mut self) {
         if let Some(tail) = self.sq.ring() {
             // Release: the entries before the doorbell that makes the device read them.
@@ -225,68 +213,57 @@ impl Queue {
     }
 
     /// Whether a completion waits.
+    #[inline]
     pub(crate) fn has_completion(&self) -> bool {
-        self.load_phase_dword() & PHASE_DWORD_BIT != 0 && self.cq.phase()
-            || self.load_phase_dword() & PHASE_DWORD_BIT == 0 && !self.cq.phase()
+        let [.., last] = self.next_entry();
+        self.has_phase(last.load(Ordering::Relaxed))
     }
 
-    fn load_phase_dword(&self) -> u32 {
-        let offset = self.cq.head() as usize * CQE_BYTES + PHASE_DWORD_OFFSET;
-        // Acquire: the rest of the entry is read after its phase tag; pairs with the device's write order (§4.1).
-        let dword: u32 = self
-            .cq_memory
-            .slice()
-            .load(offset, Ordering::Acquire)
-            .expect("a ring index lies within the queue's memory");
-        u32::from_le(dword)
+    /// The dwords of the entry that comes next.
+    #[inline]
+    fn next_entry(&self) -> &[AtomicU32; 4] {
+        self.cq_memory.entry_32::<{ CQE_BYTES / 4 }>(self.cq.head() as usize)
+    }
+
+    #[inline]
+    fn has_phase(&self, last_dword: u32) -> bool {
+        (u32::from_le(last_dword) & PHASE_DWORD_BIT != 0) == self.cq.phase()
     }
 
     /// Takes the next completion, if there is one, and checks it.
+    #[inline(always)]
     pub(crate) fn poll(&mut self) -> Result<Option<Reaped>, ProtocolError> {
-        let last = self.load_phase_dword();
-        if (last & PHASE_DWORD_BIT != 0) != self.cq.phase() {
+        let dwords = self.next_entry();
+        // Acquire: the rest of the entry is read after its phase tag; pairs with the device's write order (§4.1).
+        let last = dwords[PHASE_DWORD_OFFSET / 4].load(Ordering::Acquire);
+        if !self.has_phase(last) {
             return Ok(None);
         }
-        let entry = self.copy_entry(last);
+        // Relaxed: ordered after the acquire of the phase tag. Each dword is read once, and not looked at again.
+        let entry: CompletionEntry = zerocopy::transmute!([
+            dwords[0].load(Ordering::Relaxed),
+            dwords[1].load(Ordering::Relaxed),
+            dwords[2].load(Ordering::Relaxed),
+            last,
+        ]);
         self.cq.advance();
-        let cid = entry.cid.get();
         if entry.sq_id.get() != self.id.get() {
             return Err(ProtocolError::ForeignQueue { sq_id: entry.sq_id.get() });
         }
-        let command = self.slots.find(entry.command_id()).map_err(|bad| match bad {
-            BadCid::OutOfRange => ProtocolError::CidOutOfRange { cid },
-            BadCid::NotInFlight => ProtocolError::CidNotInFlight { cid },
-            BadCid::Stale => ProtocolError::CidStale { cid },
-        })?;
+        let command = match self.slots.find(entry.command_id()) {
+            Ok(command) => command,
+            Err(bad) => return Err(bad_cid(bad, entry.cid.get())),
+        };
         let sq_head = entry.sq_head.get();
         if !self.sq.head_is_possible(command.sequence, u32::from(sq_head)) {
-            return Err(ProtocolError::BadSqHead { cid, sq_head });
+            return Err(ProtocolError::BadSqHead { cid: entry.cid.get(), sq_head });
         }
         self.slots.release(command.slot);
         Ok(Some(Reaped { command, status: entry.status(), dw0: entry.dw0.get() }))
     }
 
-    fn copy_entry(&self, last_dword: u32) -> CompletionEntry {
-        let offset = self.cq.head() as usize * CQE_BYTES;
-        let slice = self.cq_memory.slice();
-        // Relaxed: ordered after the acquire of the phase tag.
-        let low: u64 =
-            slice.load(offset, Ordering::Relaxed).expect("a ring index lies within the queue's memory");
-        let middle: u32 =
-            slice.load(offset + 8, Ordering::Relaxed).expect("a ring index lies within the queue's memory");
-        let mut entry = CompletionEntry::default();
-        let low = u64::from_le(low);
-        let middle = u32::from_le(middle);
-        entry.dw0.set(low as u32);
-        entry.dw1.set((low >> 32) as u32);
-        entry.sq_head.set(middle as u16);
-        entry.sq_id.set((middle >> 16) as u16);
-        entry.cid.set(last_dword as u16);
-        entry.status_phase.set((last_dword >> 16) as u16);
-        entry
-    }
-
     /// Tells the device how far completions were taken: once a poll round.
+    #[inline]
     pub(crate) fn ring_completions(&mut self) {
         if let Some(head) = self.cq.ring() {
             // Release: entries were read before the device may overwrite them.
@@ -296,6 +273,15 @@ impl Queue {
                 self.doorbells += 1;
             }
         }
+    }
+}
+
+#[cold]
+fn bad_cid(bad: BadCid, cid: u16) -> ProtocolError {
+    match bad {
+        BadCid::OutOfRange => ProtocolError::CidOutOfRange { cid },
+        BadCid::NotInFlight => ProtocolError::CidNotInFlight { cid },
+        BadCid::Stale => ProtocolError::CidStale { cid },
     }
 }
 

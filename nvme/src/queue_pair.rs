@@ -21,7 +21,6 @@ mod recover;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use nvme_spec::command::QueueInterrupt;
@@ -44,7 +43,7 @@ use crate::ops::{Cutter, Kind, MAX_COUNT_16, Ops};
 use crate::queue::{Queue, Reaped};
 use crate::sgl::{DataPointers, Pointing};
 use crate::slots::MAX_SLOTS;
-use crate::stats::{Latencies, QueueCounters, add};
+use crate::stats::{Latencies, QueueCounters, QueueCounts};
 use crate::transport::Listen;
 use crate::wake::Wake;
 use build::CommandBuilder;
@@ -133,6 +132,29 @@ struct Watchdog {
     interval: Duration,
 }
 
+/// What a request must be like to go out as one command without a list.
+#[derive(Clone, Copy, Debug)]
+struct Simple {
+    lba_shift: u8,
+    /// Bytes of a block less one.
+    lba_mask: usize,
+    /// 0 if no request is simple.
+    max_bytes: usize,
+    lba_count: u64,
+}
+
+impl Simple {
+    fn new(namespace: &Namespace, max_transfer: usize, list_free_bytes: usize) -> Self {
+        Self {
+            lba_shift: namespace.lba_shift,
+            lba_mask: namespace.lba_size() as usize - 1,
+            // Where commands should not cross boundaries, each is looked at.
+            max_bytes: if namespace.optimal_boundary == 0 { max_transfer.min(list_free_bytes) } else { 0 },
+            lba_count: namespace.blocks,
+        }
+    }
+}
+
 /// One I/O queue pair for one namespace, used by one thread.
 pub struct QueuePair {
     queue: Queue,
@@ -149,10 +171,13 @@ pub struct QueuePair {
     pair_waiting: bool,
     abilities: NvmAbilities,
     cutter: Cutter,
+    simple: Simple,
     builder: CommandBuilder,
     geometry: Geometry,
     oncs: Oncs,
     latencies: Option<Arc<Latencies>>,
+    /// Counts, of which `counters` is a copy for other threads.
+    tally: QueueCounts,
     counters: Arc<QueueCounters>,
     watchdog: Watchdog,
     wake: Option<(Wake, u16)>,
@@ -225,6 +250,7 @@ impl QueuePair {
             copies: vec![None; usize::from(slots)].into(),
             pair_waiting: false,
             abilities: NvmAbilities::of(info, namespace, (max_transfer as u64) >> namespace.lba_shift, slots),
+            simple: Simple::new(namespace, max_transfer, builder.list_free_bytes()),
             cutter: cutter(info, namespace, max_transfer as u64),
             builder,
             geometry: Geometry {
@@ -238,6 +264,7 @@ impl QueuePair {
             },
             oncs: info.oncs,
             latencies: (options.latency == LatencyRecording::On).then(Arc::default),
+            tally: QueueCounts::default(),
             counters: Arc::default(),
             watchdog: Watchdog {
                 seen: vec![Watch { sequence: 0, since: None }; usize::from(slots)].into(),
@@ -299,11 +326,8 @@ impl QueuePair {
                 Ok((Kind::Read, lba.get(), self.blocks_of(lba.get(), buffer.len())?))
             }
             Request::Write { lba, buffer, durability } => {
-                let kind = match durability {
-                    Durability::Durable if self.geometry.volatile_write_cache => Kind::WriteDurable,
-                    Durability::Durable | Durability::Cached => Kind::Write,
-                };
-                Ok((kind, lba.get(), self.blocks_of(lba.get(), buffer.len())?))
+                let blocks = self.blocks_of(lba.get(), buffer.len())?;
+                Ok((self.write_kind(*durability), lba.get(), blocks))
             }
             Request::Flush if self.geometry.volatile_write_cache => Ok((Kind::Flush, 0, 1)),
             Request::Flush => Ok((Kind::Nothing, 0, 0)),
@@ -350,8 +374,66 @@ impl QueuePair {
         }
     }
 
+    /// Whether the controller is as it was when the queue began to send.
+    #[inline(always)]
+    fn may_send(&self) -> bool {
+        self.shared.link.health.pulse() == self.pulse
+    }
+
+    /// Whether `bytes` at `lba` go out now, as one command whose data needs no list: what most requests do.
+    #[inline(always)]
+    fn is_simple(&self, lba: u64, bytes: usize) -> bool {
+        let blocks = (bytes >> self.simple.lba_shift) as u64;
+        bytes & self.simple.lba_mask == 0
+            && bytes <= self.simple.max_bytes
+            && lba < self.simple.lba_count
+            && blocks <= self.simple.lba_count - lba
+            && self.ops.has_free()
+            && self.queue.slots().has_free()
+            && !self.pair_waiting
+    }
+
+    /// Sends a request that [`Self::is_simple`].
+    #[inline(always)]
+    fn submit_simple(&mut self, tag: OpTag, kind: Kind, lba: u64, buffer: DmaBuffer) {
+        let blocks = (buffer.len() >> self.simple.lba_shift) as u64;
+        let entry = self.builder.build_simple(kind, lba, blocks, &buffer);
+        let started = self.now_if_recording();
+        let index = self.ops.take_simple(tag, kind, lba, started, buffer);
+        self.queue.push(entry, index);
+        self.tally.requests += 1;
+        self.tally.commands += 1;
+    }
+
+    fn write_kind(&self, durability: Durability) -> Kind {
+        match durability {
+            Durability::Durable if self.geometry.volatile_write_cache => Kind::WriteDurable,
+            Durability::Durable | Durability::Cached => Kind::Write,
+        }
+    }
+
+    /// Any request: may take several commands, a list, a place in the backlog, or no command at all.
+    fn submit_any(&mut self, tag: OpTag, request: Request) -> Result<(), Rejected> {
+        if let Err(error) = self.pause_or_fail() {
+            return Err(Rejected { request, reason: RejectReason::Error(error) });
+        }
+        let plan = match self.plan(&request) {
+            Ok(plan) => plan,
+            Err(error) => return Err(Rejected { request, reason: RejectReason::Error(error) }),
+        };
+        if !self.ops.has_free() {
+            return Err(Rejected { request, reason: RejectReason::QueueFull });
+        }
+        let buffer = match request {
+            Request::Read { buffer, .. } | Request::Write { buffer, .. } => Some(buffer),
+            Request::Flush | Request::WriteZeroes(_) | Request::Deallocate(_) => None,
+        };
+        let index = self.accept(tag, plan, buffer);
+        self.dispatch(index);
+        Ok(())
+    }
+
     /// Takes an operation for a request. One must be free.
-    #[inline]
     fn accept(&mut self, tag: OpTag, plan: (Kind, u64, u64), buffer: Option<DmaBuffer>) -> u16 {
         let (kind, lba, blocks) = plan;
         let started = self.now_if_recording();
@@ -361,14 +443,14 @@ impl QueuePair {
         op.begin(kind, lba, if kind == Kind::Nothing { 0 } else { blocks });
         op.started = started;
         op.buffer = buffer;
-        add(&self.counters.requests, 1);
+        self.tally.requests += 1;
         index
     }
 
     /// Sends a new operation, or lines it up.
     #[inline]
     fn dispatch(&mut self, index: u16) {
-        if self.ops.get(index).blocks_left == 0 {
+        if self.ops.get(index).rest.blocks_left == 0 {
             self.done.push_back(index);
         } else if self.pair_waiting {
             self.defer(index);
@@ -381,7 +463,7 @@ impl QueuePair {
     fn issue(&mut self, index: u16) {
         while self.queue.slots().has_free() && self.pulse != Pulse::NONE {
             let op = self.ops.get(index);
-            if op.blocks_left == 0 {
+            if op.rest.blocks_left == 0 {
                 return;
             }
             if op.kind.is_composite() {
@@ -390,17 +472,17 @@ impl QueuePair {
                 }
                 break;
             }
-            let blocks = self.cutter.next(op.kind, op.next_lba, op.blocks_left);
+            let blocks = self.cutter.next(op.kind, op.rest.next_lba, op.rest.blocks_left);
             let slot = self.queue.slots().peek_free().expect("a free slot was just seen");
             let entry = self.builder.build(op, blocks, slot);
-            self.first_lbas[usize::from(slot)] = op.next_lba;
-            op.blocks_left -= blocks;
-            op.next_lba += blocks;
-            op.next_offset += blocks * u64::from(self.geometry.lba_size);
+            self.first_lbas[usize::from(slot)] = op.rest.next_lba;
+            op.rest.blocks_left -= blocks;
+            op.rest.next_lba += blocks;
+            op.rest.next_offset += blocks * u64::from(self.geometry.lba_size);
             op.outstanding += 1;
             let (taken, _) = self.queue.push(entry, index);
             debug_assert_eq!(taken, slot);
-            add(&self.counters.commands, 1);
+            self.tally.commands += 1;
         }
         self.defer(index);
     }
@@ -408,8 +490,8 @@ impl QueuePair {
     /// Puts an operation that has blocks left into the backlog, if it is not there.
     fn defer(&mut self, index: u16) {
         let op = self.ops.get(index);
-        if op.blocks_left > 0 && !op.in_backlog {
-            op.in_backlog = true;
+        if op.rest.blocks_left > 0 && !op.rest.in_backlog {
+            op.rest.in_backlog = true;
             self.backlog.push_back(index);
         }
     }
@@ -420,7 +502,7 @@ impl QueuePair {
         while self.queue.slots().has_free() && self.pulse != Pulse::NONE {
             let index = self.backlog.pop_front()?;
             let op = self.ops.get(index);
-            op.in_backlog = false;
+            op.rest.in_backlog = false;
             if op.is_done() {
                 let finished = self.finish_or_repeat(index);
                 if finished.is_some() {
@@ -429,7 +511,7 @@ impl QueuePair {
                 continue;
             }
             if self.waits_for_pair(index) {
-                self.ops.get(index).in_backlog = true;
+                self.ops.get(index).rest.in_backlog = true;
                 self.backlog.push_front(index);
                 self.pair_waiting = true;
                 return None;
@@ -452,62 +534,96 @@ impl QueuePair {
         if !op.is_done() {
             return None;
         }
-        if op.repeat { self.finish_or_repeat(index) } else { Some(index) }
+        if op.rest.repeat { self.finish_or_repeat(index) } else { Some(index) }
     }
 
     fn hand_out(&mut self, index: u16, sink: &mut dyn FnMut(Completion)) {
         let op = self.ops.get(index);
         let (kind, started) = (op.kind, op.started);
         let (tag, result, buffer) = self.ops.release(index);
-        let bytes = buffer.as_ref().map_or(0, DmaBuffer::len) as u64;
-        match (&result, kind) {
-            (Err(_), _) => add(&self.counters.errors, 1),
-            (Ok(()), Kind::Read) => add(&self.counters.bytes_read, bytes),
-            (Ok(()), Kind::Compare) => {}
-            (Ok(()), Kind::CompareAndWrite) => add(&self.counters.bytes_written, bytes / 2),
-            (Ok(()), _) => add(&self.counters.bytes_written, bytes),
-        }
         if result.is_ok() {
-            add(&self.counters.completed, 1);
+            let bytes = buffer.as_ref().map_or(0, DmaBuffer::len);
+            self.count_success(kind, bytes);
+        } else {
+            self.tally.errors += 1;
         }
         if kind == Kind::Copy {
             self.copies[usize::from(index)] = None;
         }
+        self.record_latency(kind, started);
+        sink(Completion { tag, result, buffer });
+    }
+
+    /// Makes the counts visible to other threads.
+    #[inline]
+    fn publish_counts(&mut self) {
+        self.tally.doorbells = self.queue.doorbells();
+        self.counters.publish(&self.tally);
+    }
+
+    #[inline]
+    fn count_success(&mut self, kind: Kind, bytes: usize) {
+        let bytes = bytes as u64;
+        match kind {
+            Kind::Read => self.tally.bytes_read += bytes,
+            Kind::Compare => {}
+            Kind::CompareAndWrite => self.tally.bytes_written += bytes / 2,
+            _ => self.tally.bytes_written += bytes,
+        }
+        self.tally.completed += 1;
+    }
+
+    #[inline]
+    fn record_latency(&self, kind: Kind, started: Instant) {
         if let Some(latencies) = &self.latencies {
             let taken = self.shared.link.timing.now().duration_since(started);
             latencies.class(kind.latency_class()).record(taken.as_nanos() as u64);
         }
-        sink(Completion { tag, result, buffer });
     }
 
     /// One poll round of a running controller.
+    #[inline]
     fn poll_round(&mut self, budget: usize, sink: &mut dyn FnMut(Completion)) -> usize {
-        let mut delivered = 0;
-        while delivered < budget
-            && let Some(index) = self.done.pop_front()
-        {
-            self.hand_out(index, sink);
-            delivered += 1;
-        }
+        let mut delivered = if self.done.is_empty() { 0 } else { self.hand_out_done(budget, sink) };
         let mut fault = None;
-        for _ in 0..budget - delivered {
+        while delivered < budget {
             match self.queue.poll() {
                 Ok(Some(reaped)) => {
-                    if let Some(index) = self.command_completed(reaped) {
+                    if reaped.status.is_success()
+                        && let Some(op) = self.ops.release_simple(reaped.command.owner)
+                    {
+                        let (tag, buffer) = (op.tag, op.buffer.take());
+                        let bytes = buffer.as_ref().map_or(0, DmaBuffer::len) as u64;
+                        let counted = match op.kind {
+                            Kind::Read => &mut self.tally.bytes_read,
+                            _ => &mut self.tally.bytes_written,
+                        };
+                        *counted += bytes;
+                        self.tally.completed += 1;
+                        if self.latencies.is_some() {
+                            let (kind, started) = (op.kind, op.started);
+                            self.record_latency(kind, started);
+                        }
+                        sink(Completion { tag, result: Ok(()), buffer });
+                        delivered += 1;
+                    } else if let Some(index) = self.command_completed(reaped) {
                         self.hand_out(index, sink);
                         delivered += 1;
                     }
                 }
                 Ok(None) => break,
                 Err(error) => {
-                    fault = Some(Fault::Protocol { queue: self.queue.id(), error });
+                    fault = Some(error);
                     break;
                 }
             }
         }
         self.queue.ring_completions();
-        if let Some(fault) = fault {
-            self.shared.fail(fault);
+        if delivered > 0 {
+            self.publish_counts();
+        }
+        if let Some(error) = fault {
+            self.shared.fail(Fault::Protocol { queue: self.queue.id(), error });
             return delivered;
         }
         if !self.delayed.is_empty() {
@@ -519,7 +635,6 @@ impl QueuePair {
             }
             self.queue.ring();
         }
-        self.counters.doorbells.store(self.queue.doorbells(), Ordering::Relaxed);
         delivered
     }
 
@@ -540,30 +655,29 @@ impl BlockDevice for QueuePair {
         &self.pool
     }
 
+    #[inline]
     fn submit(&mut self, tag: OpTag, request: Request) -> Result<(), Rejected> {
-        if self.shared.link.health.pulse() != self.pulse
-            && let Err(error) = self.pause_or_fail()
-        {
-            return Err(Rejected { request, reason: RejectReason::Error(error) });
+        // Each arm on its own, so that the command is built with a constant opcode.
+        match request {
+            Request::Read { lba, buffer } if self.may_send() && self.is_simple(lba.get(), buffer.len()) => {
+                self.submit_simple(tag, Kind::Read, lba.get(), buffer);
+                Ok(())
+            }
+            Request::Write { lba, buffer, durability }
+                if self.may_send() && self.is_simple(lba.get(), buffer.len()) =>
+            {
+                let kind = self.write_kind(durability);
+                self.submit_simple(tag, kind, lba.get(), buffer);
+                Ok(())
+            }
+            request => self.submit_any(tag, request),
         }
-        let (kind, lba, blocks) = match self.plan(&request) {
-            Ok(plan) => plan,
-            Err(error) => return Err(Rejected { request, reason: RejectReason::Error(error) }),
-        };
-        if !self.ops.has_free() {
-            return Err(Rejected { request, reason: RejectReason::QueueFull });
-        }
-        let buffer = match request {
-            Request::Read { buffer, .. } | Request::Write { buffer, .. } => Some(buffer),
-            Request::Flush | Request::WriteZeroes(_) | Request::Deallocate(_) => None,
-        };
-        let index = self.accept(tag, (kind, lba, blocks), buffer);
-        self.dispatch(index);
-        Ok(())
     }
 
+    #[inline]
     fn ring(&mut self) {
         self.queue.ring();
+        self.publish_counts();
     }
 
     fn process_completions(&mut self, budget: usize, sink: &mut dyn FnMut(Completion)) -> usize {

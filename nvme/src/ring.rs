@@ -50,13 +50,15 @@ impl SubmissionRing {
     }
 
     /// Whether the device must be told before another entry is pushed.
+    #[inline]
     pub(crate) fn must_ring(&self) -> bool {
         self.pushed.wrapping_sub(self.rung) == self.entries - 1
     }
 
     /// Takes the place of the next entry.
+    #[inline]
     pub(crate) fn push(&mut self) -> Position {
-        assert!(!self.must_ring(), "tail would wrap onto the last rung tail");
+        debug_assert!(!self.must_ring(), "tail would wrap onto the last rung tail");
         let position = Position { index: self.tail, sequence: self.pushed };
         self.tail = if self.tail + 1 == self.entries { 0 } else { self.tail + 1 };
         self.pushed = self.pushed.wrapping_add(1);
@@ -64,6 +66,7 @@ impl SubmissionRing {
     }
 
     /// The tail to write to the doorbell, if the device was not told of it yet.
+    #[inline]
     pub(crate) fn ring(&mut self) -> Option<u32> {
         if self.rung == self.pushed {
             return None;
@@ -77,6 +80,7 @@ impl SubmissionRing {
     ///
     /// The device has fetched that entry and none beyond the rung tail, so the head lies between the entry's successor
     /// and the rung tail. Heads may arrive out of order: a device may compose completions before it posts them.
+    #[inline]
     pub(crate) fn head_is_possible(&self, sequence: u32, sq_head: u32) -> bool {
         if sq_head >= self.entries {
             return false;
@@ -113,16 +117,19 @@ impl CompletionRing {
     }
 
     /// Index of the next entry.
+    #[inline]
     pub(crate) fn head(&self) -> u32 {
         self.head
     }
 
     /// The phase tag that the next entry has once the device has written it.
+    #[inline]
     pub(crate) fn phase(&self) -> bool {
         self.phase
     }
 
     /// Steps over the entry at the head.
+    #[inline]
     pub(crate) fn advance(&mut self) {
         self.unrung = true;
         self.head += 1;
@@ -133,6 +140,7 @@ impl CompletionRing {
     }
 
     /// The head to write to the doorbell, if the device was not told of it yet.
+    #[inline]
     pub(crate) fn ring(&mut self) -> Option<u32> {
         std::mem::take(&mut self.unrung).then_some(self.head)
     }

@@ -16,11 +16,17 @@ use nvme_spec::CommandId;
 pub(crate) const MAX_SLOTS: u16 = 1 << 12;
 
 const FREE: u16 = u16::MAX;
+/// End of the list of free slots.
+const NONE: u16 = u16::MAX;
 
-/// What a completion is checked against: eight bytes, so that a cache line holds eight commands.
+/// What a completion is checked against.
 #[derive(Clone, Copy, Debug)]
 struct Slot {
+    /// Of the command in flight, or [`FREE`].
     cid: u16,
+    /// Of the next command here: the same index, the next generation.
+    next: u16,
+    /// The caller's; of a free slot, the next free one or [`NONE`].
     owner: u16,
     sequence: u32,
 }
@@ -51,72 +57,86 @@ pub(crate) enum BadCid {
 #[derive(Debug)]
 pub(crate) struct CommandSlots {
     slots: Box<[Slot]>,
-    generations: Box<[u16]>,
-    free: Vec<u16>,
-    index_bits: u32,
+    /// The slot that is taken next, or [`NONE`].
+    free: u16,
+    in_flight: u16,
+    /// The bits of an identifier that are the index.
+    index_mask: u16,
+    /// Identifiers from here on have the last generation.
+    last_generation: u16,
 }
 
 impl CommandSlots {
     /// `count` free slots, between 1 and [`MAX_SLOTS`].
     pub(crate) fn new(count: u16) -> Self {
         assert!((1..=MAX_SLOTS).contains(&count), "{count} command slots");
-        let empty = Slot { cid: FREE, owner: 0, sequence: 0 };
+        let index_bits = u32::from(count).next_power_of_two().trailing_zeros();
+        let slot = |index| {
+            let owner = if index + 1 == count { NONE } else { index + 1 };
+            Slot { cid: FREE, next: index, owner, sequence: 0 }
+        };
         Self {
-            slots: vec![empty; usize::from(count)].into(),
-            generations: vec![0; usize::from(count)].into(),
-            free: (0..count).rev().collect(),
-            index_bits: u32::from(count).next_power_of_two().trailing_zeros(),
+            slots: (0..count).map(slot).collect(),
+            free: 0,
+            in_flight: 0,
+            index_mask: ((1u32 << index_bits) - 1) as u16,
+            // One generation is left out: with an index of all ones it would make FREE.
+            last_generation: (((1u32 << (16 - index_bits)) - 2) << index_bits) as u16,
         }
     }
 
+    #[inline]
     pub(crate) fn has_free(&self) -> bool {
-        !self.free.is_empty()
+        self.free != NONE
     }
 
     pub(crate) fn free(&self) -> usize {
-        self.free.len()
+        self.slots.len() - usize::from(self.in_flight)
     }
 
     pub(crate) fn in_flight(&self) -> usize {
-        self.slots.len() - self.free.len()
+        usize::from(self.in_flight)
     }
 
     /// The slot that [`take`](Self::take) would give.
+    #[inline]
     pub(crate) fn peek_free(&self) -> Option<u16> {
-        self.free.last().copied()
+        Some(self.free).filter(|&slot| slot != NONE)
     }
 
     /// Takes a free slot for a command that goes out as the `sequence`th of its queue.
+    #[inline]
     pub(crate) fn take(&mut self, owner: u16, sequence: u32) -> Option<(u16, CommandId)> {
-        let slot = self.free.pop()?;
-        let generation = &mut self.generations[usize::from(slot)];
-        // The last generation is left out: with an index of all ones it would make FREE.
-        *generation =
-            if u32::from(*generation) + 2 >= 1 << (16 - self.index_bits) { 0 } else { *generation + 1 };
-        let cid = *generation << self.index_bits | slot;
-        self.slots[usize::from(slot)] = Slot { cid, owner, sequence };
+        let slot = self.free;
+        // The end of the list is beyond the last slot.
+        let taken = self.slots.get_mut(usize::from(slot))?;
+        self.free = taken.owner;
+        self.in_flight += 1;
+        let cid = taken.next;
+        let next = if cid >= self.last_generation { slot } else { cid + self.index_mask + 1 };
+        *taken = Slot { cid, next, owner, sequence };
         Some((slot, CommandId::new(cid)))
     }
 
     /// The command in flight under this identifier.
+    #[inline]
     pub(crate) fn find(&self, cid: CommandId) -> Result<Command, BadCid> {
-        let slot = cid.get() & ((1u32 << self.index_bits) - 1) as u16;
+        let slot = cid.get() & self.index_mask;
         let found = self.slots.get(usize::from(slot)).ok_or(BadCid::OutOfRange)?;
-        if found.cid == FREE {
-            return Err(BadCid::NotInFlight);
-        }
-        if found.cid != cid.get() {
-            return Err(BadCid::Stale);
+        if found.cid != cid.get() || cid.get() == FREE {
+            return Err(if found.cid == FREE { BadCid::NotInFlight } else { BadCid::Stale });
         }
         Ok(Command { slot, owner: found.owner, sequence: found.sequence })
     }
 
     /// Frees a slot that is in flight.
+    #[inline]
     pub(crate) fn release(&mut self, slot: u16) {
         let found = &mut self.slots[usize::from(slot)];
-        assert_ne!(found.cid, FREE, "slot {slot} released twice");
-        found.cid = FREE;
-        self.free.push(slot);
+        assert!(found.cid != FREE, "slot {slot} released twice");
+        (found.cid, found.owner) = (FREE, self.free);
+        self.free = slot;
+        self.in_flight -= 1;
     }
 
     /// Frees everything: the device was reset.

@@ -1,6 +1,7 @@
 //! Counters and latency histograms of one queue: written by its owner, readable from any thread.
 //!
-//! Invariants: one writer, so that counting needs no locked instruction; a reader sees each value, not a consistent set.
+//! Invariants: one writer, who counts for itself and publishes once a round, so that counting needs no locked instruction; a
+//! reader sees each value, not a consistent set.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -35,7 +36,7 @@ pub struct QueueCounters {
 }
 
 /// Adds to a counter that only this thread writes.
-pub(crate) fn add(counter: &AtomicU64, n: u64) {
+fn add(counter: &AtomicU64, n: u64) {
     // Relaxed: a count orders nothing.
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
 }
@@ -64,6 +65,22 @@ pub struct QueueCounts {
 }
 
 impl QueueCounters {
+    /// Makes the owner's counts visible.
+    #[inline]
+    pub(crate) fn publish(&self, counts: &QueueCounts) {
+        // Relaxed: counts order nothing.
+        let set = |counter: &AtomicU64, value| counter.store(value, Ordering::Relaxed);
+        set(&self.requests, counts.requests);
+        set(&self.completed, counts.completed);
+        set(&self.errors, counts.errors);
+        set(&self.commands, counts.commands);
+        set(&self.bytes_read, counts.bytes_read);
+        set(&self.bytes_written, counts.bytes_written);
+        set(&self.doorbells, counts.doorbells);
+        set(&self.retried, counts.retried);
+        set(&self.timeouts, counts.timeouts);
+    }
+
     /// The values now.
     pub fn read(&self) -> QueueCounts {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);

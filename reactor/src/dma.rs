@@ -18,6 +18,7 @@
 //! Excludes: mapping at IOVAs (transports), what travels in the buffers.
 
 mod buddy;
+mod cells;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -34,6 +35,7 @@ use vm_memory::volatile_memory::VolatileMemory;
 use vm_memory::{MmapRegion, VolatileSlice};
 
 use buddy::{Buddy, MAX_ORDER};
+pub use cells::DmaCells;
 
 /// Bytes of the allocation unit.
 pub const PAGE_SIZE: usize = 4096;
@@ -51,13 +53,16 @@ pub trait DmaRegion: Send + Sync {
 
     /// The device's address of the first byte; the region is contiguous from there. Page aligned.
     fn iova(&self) -> u64;
+
+    /// The mapping that the region is a part of, and the offset of its first byte there.
+    fn mapping(&self) -> (Arc<MmapRegion>, usize);
 }
 
 /// Anonymous memory for simulated devices and tests. Its IOVAs are made up, never repeat within the process, and no
 /// real device can reach them.
 #[derive(Debug)]
 pub struct HeapRegion {
-    mapping: MmapRegion,
+    mapping: Arc<MmapRegion>,
     iova: u64,
 }
 
@@ -73,7 +78,7 @@ impl HeapRegion {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a DMA region needs at least one byte"));
         }
         let bytes = bytes.next_multiple_of(PAGE_SIZE);
-        let mapping = MmapRegion::new(bytes).map_err(io::Error::other)?;
+        let mapping = Arc::new(MmapRegion::new(bytes).map_err(io::Error::other)?);
         // Relaxed: the counter publishes nothing, only uniqueness matters. One page of gap catches overruns.
         let iova = NEXT_IOVA.fetch_add((bytes + PAGE_SIZE) as u64, Ordering::Relaxed);
         Ok(Arc::new(Self { mapping, iova }))
@@ -87,6 +92,10 @@ impl DmaRegion for HeapRegion {
 
     fn iova(&self) -> u64 {
         self.iova
+    }
+
+    fn mapping(&self) -> (Arc<MmapRegion>, usize) {
+        (Arc::clone(&self.mapping), 0)
     }
 }
 
@@ -330,6 +339,7 @@ pub struct DmaBuffer {
 
 impl DmaBuffer {
     /// Bytes.
+    #[inline]
     pub fn len(&self) -> usize {
         self.len as usize
     }
@@ -340,6 +350,7 @@ impl DmaBuffer {
     }
 
     /// The device's address of the first byte; page aligned.
+    #[inline]
     pub fn iova(&self) -> u64 {
         self.pool.iova + self.start() as u64
     }
@@ -393,6 +404,7 @@ impl DmaBuffer {
         this.order = RETIRED;
     }
 
+    #[inline]
     fn start(&self) -> usize {
         self.page as usize * PAGE_SIZE
     }

@@ -152,7 +152,7 @@ impl fmt::Display for DmaFault {
 #[derive(Debug)]
 struct Region {
     iova: u64,
-    pages: MmapRegion,
+    pages: Arc<MmapRegion>,
     access: DmaAccess,
 }
 
@@ -268,7 +268,7 @@ impl DmaSpace {
             return Err(DmaError::TooManyRegions);
         }
         let iova = mappings.reserve(bytes)?;
-        let region = Arc::new(Region { iova, pages, access: DmaAccess::ReadWrite });
+        let region = Arc::new(Region { iova, pages: Arc::new(pages), access: DmaAccess::ReadWrite });
         mappings.insert(Arc::clone(&region));
         self.shared.generation.fetch_add(1, Ordering::Release);
         Ok(Arc::new(MappedRegion { space: self.clone(), region }))
@@ -337,6 +337,11 @@ impl MappedRegion {
     /// Device address of the first byte; the region is contiguous from there.
     pub fn iova(&self) -> u64 {
         self.region.iova
+    }
+
+    /// The mapping behind the region: all of it.
+    pub fn mapping(&self) -> Arc<MmapRegion> {
+        Arc::clone(&self.region.pages)
     }
 
     /// Bytes.
@@ -433,7 +438,7 @@ impl DmaView {
     /// The memory at a resolved place.
     #[inline]
     pub(crate) fn slice(&self, place: Place, len: usize) -> VolatileSlice<'_> {
-        let region = self.table.get(place.region).map(|region| &region.pages);
+        let region = self.table.get(place.region).map(|region| &*region.pages);
         region
             .or(self.sink.as_ref())
             .expect("a place is in a region of the table, or in the sink that was made for it")

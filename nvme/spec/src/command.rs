@@ -278,14 +278,17 @@ pub struct GetLogPage {
 
 /// Builders: what a host sends.
 impl SubmissionEntry {
+    #[inline]
     fn admin(opcode: AdminOpcode) -> Self {
         Self { opcode: opcode.0, ..Self::default() }
     }
 
+    #[inline]
     fn nvm(opcode: NvmOpcode, nsid: NamespaceId) -> Self {
         Self { opcode: opcode.0, nsid: U32::new(nsid.get()), ..Self::default() }
     }
 
+    #[inline]
     fn with_slba(mut self, slba: u64, dw12: ReadWriteDw12) -> Self {
         self.cdw10.set(slba as u32);
         self.cdw11.set((slba >> 32) as u32);
@@ -294,11 +297,13 @@ impl SubmissionEntry {
     }
 
     /// Read (§6.9).
+    #[inline]
     pub fn read(nsid: NamespaceId, slba: u64, blocks_z: u16) -> Self {
         Self::nvm(NvmOpcode::READ, nsid).with_slba(slba, ReadWriteDw12::new().with_blocks_z(blocks_z))
     }
 
     /// Write (§6.15).
+    #[inline]
     pub fn write(nsid: NamespaceId, slba: u64, blocks_z: u16, fua: ForceUnitAccess) -> Self {
         let dw12 = ReadWriteDw12::new().with_blocks_z(blocks_z).with_fua(fua == ForceUnitAccess::Yes);
         Self::nvm(NvmOpcode::WRITE, nsid).with_slba(slba, dw12)

@@ -13,7 +13,7 @@ use nvme_spec::identify::Oncs;
 use nvme_spec::nvm::{CopyRange, Fuse};
 use nvme_spec::sgl::SGL_DESCRIPTOR_BYTES;
 use nvme_spec::{NamespaceId, NvmOpcode, SglDescriptor, SubmissionEntry};
-use reactor::dma::DmaRegion;
+use reactor::dma::{DmaBuffer, DmaRegion, PAGE_SIZE};
 use vm_memory::Bytes;
 use zerocopy::IntoBytes;
 
@@ -84,9 +84,43 @@ impl CommandBuilder {
         std::iter::once(&self.lists).chain(&self.zero_page).map(Arc::clone).collect()
     }
 
+    /// Bytes of data, from the beginning of a page on, that a command describes without a list.
+    pub(super) fn list_free_bytes(&self) -> usize {
+        match self.pointing {
+            // Buffers begin at pages of 4 KiB: where they lie in larger ones is not looked at.
+            Pointing::Prp | Pointing::SglForLists(_) if self.page_size > PAGE_SIZE => 0,
+            Pointing::Prp | Pointing::SglForLists(_) => 2 * self.page_size,
+            // Descriptors are built with their checks.
+            Pointing::Sgl(_) => 0,
+        }
+    }
+
+    /// A read or write of a whole buffer of at most [`Self::list_free_bytes`].
+    #[inline(always)]
+    pub(super) fn build_simple(
+        &self,
+        kind: Kind,
+        lba: u64,
+        blocks: u64,
+        buffer: &DmaBuffer,
+    ) -> SubmissionEntry {
+        let blocks_z = blocks.wrapping_sub(1) as u16;
+        let mut entry = match kind {
+            Kind::Read => SubmissionEntry::read(self.nsid, lba, blocks_z),
+            Kind::WriteDurable => SubmissionEntry::write(self.nsid, lba, blocks_z, ForceUnitAccess::Yes),
+            _ => SubmissionEntry::write(self.nsid, lba, blocks_z, ForceUnitAccess::No),
+        };
+        let iova = buffer.iova();
+        entry.prp1.set(iova);
+        if buffer.len() > PAGE_SIZE {
+            entry.prp2.set(iova + PAGE_SIZE as u64);
+        }
+        entry
+    }
+
     /// The command for the next `blocks` blocks of `op`, using the list of the free slot `slot`.
     pub(super) fn build(&self, op: &Op, blocks: u64, slot: u16) -> SubmissionEntry {
-        let lba = op.next_lba;
+        let lba = op.rest.next_lba;
         // Counts are zero-based in 16 bits; the cutter keeps them in range.
         let blocks_z = blocks.wrapping_sub(1) as u16;
         match op.kind {
@@ -114,7 +148,7 @@ impl CommandBuilder {
 
     /// One command of a fused pair of `blocks` blocks (NVMe 1.4 §6.2).
     pub(super) fn fused(&self, op: &Op, blocks: u64, half: Half, slot: u16) -> SubmissionEntry {
-        let (lba, blocks_z) = (op.next_lba, blocks.wrapping_sub(1) as u16);
+        let (lba, blocks_z) = (op.rest.next_lba, blocks.wrapping_sub(1) as u16);
         let buffer = op.buffer.as_ref().expect("a fused pair has a buffer while it is in use");
         let bytes = (blocks << self.lba_shift) as usize;
         let (entry, offset) = match half {
@@ -156,7 +190,7 @@ impl CommandBuilder {
     fn with_data(&self, entry: SubmissionEntry, op: &Op, blocks: u64, slot: u16) -> SubmissionEntry {
         let buffer = op.buffer.as_ref().expect("reads and writes have a buffer while they are in use");
         let bytes = (blocks << self.lba_shift) as usize;
-        self.with_buffer(entry, buffer.iova() + op.next_offset, bytes, slot)
+        self.with_buffer(entry, buffer.iova() + op.rest.next_offset, bytes, slot)
     }
 
     /// Points `entry` to contiguous data.

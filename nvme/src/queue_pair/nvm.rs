@@ -220,30 +220,30 @@ impl QueuePair {
         let sources =
             self.copies[usize::from(index)].as_ref().expect("a copy has sources while it is in use");
         let limits = self.abilities.copy.expect("a copy was accepted only where there is Copy");
-        let done = sources.blocks() - op.blocks_left;
-        let (entry, blocks) = self.builder.copy(sources, done, limits, op.next_lba, slot);
-        self.first_lbas[usize::from(slot)] = op.next_lba;
-        op.blocks_left -= blocks;
-        op.next_lba += blocks;
+        let done = sources.blocks() - op.rest.blocks_left;
+        let (entry, blocks) = self.builder.copy(sources, done, limits, op.rest.next_lba, slot);
+        self.first_lbas[usize::from(slot)] = op.rest.next_lba;
+        op.rest.blocks_left -= blocks;
+        op.rest.next_lba += blocks;
         op.outstanding += 1;
         self.queue.push(entry, index);
-        add(&self.counters.commands, 1);
+        self.tally.commands += 1;
     }
 
     fn issue_pair(&mut self, index: u16) {
         // No doorbell is written between the two: that happens only where the ring is full of entries that were not
         // announced, and then no slot is free.
         let op = self.ops.get(index);
-        let blocks = op.blocks_left;
+        let blocks = op.rest.blocks_left;
         for half in [Half::Compare, Half::Write] {
             let slot = self.queue.slots().peek_free().expect("two free slots were seen");
             let entry = self.builder.fused(op, blocks, half, slot);
-            self.first_lbas[usize::from(slot)] = op.next_lba;
+            self.first_lbas[usize::from(slot)] = op.rest.next_lba;
             self.queue.push(entry, index);
         }
-        op.blocks_left = 0;
+        op.rest.blocks_left = 0;
         op.outstanding += 2;
-        add(&self.counters.commands, 2);
+        self.tally.commands += 2;
     }
 }
 
@@ -257,7 +257,7 @@ pub(super) enum Half {
 /// Keeps the error of a fused pair that says why: that the other command failed does not.
 pub(super) fn fail_pair(op: &mut Op, status: Status, error: IoError) {
     if status.code() != StatusCode::ABORTED_FAILED_FUSED {
-        op.error = None;
+        op.rest.error = None;
     }
     op.fail(error);
 }

@@ -63,6 +63,9 @@ impl QueuePair {
     /// After the pulse changed: stops sending, or says why nothing can be accepted any more.
     #[cold]
     pub(super) fn pause_or_fail(&mut self) -> Result<(), IoError> {
+        if self.may_send() {
+            return Ok(());
+        }
         let life = self.shared.link.health.life();
         if life.is_final() || life == Life::Stopping && self.shared.link.health.fault().is_some() {
             return Err(IoError::DeviceFailed { detail: self.fault_text() });
@@ -127,7 +130,7 @@ impl QueuePair {
         }
     }
 
-    fn hand_out_done(&mut self, budget: usize, sink: &mut dyn FnMut(Completion)) -> usize {
+    pub(super) fn hand_out_done(&mut self, budget: usize, sink: &mut dyn FnMut(Completion)) -> usize {
         let mut delivered = 0;
         while delivered < budget
             && let Some(index) = self.done.pop_front()
@@ -191,20 +194,21 @@ impl QueuePair {
         if !op.in_use || op.outstanding == 0 {
             return;
         }
+        op.unfold(self.simple.lba_shift);
         op.outstanding = 0;
-        op.resets += 1;
-        if !op.kind.is_repeatable() || op.timeouts > MAX_TIMEOUTS {
+        op.rest.resets += 1;
+        if !op.kind.is_repeatable() || op.rest.timeouts > MAX_TIMEOUTS {
             op.fail(IoError::Timeout);
-        } else if op.resets > MAX_RESETS {
-            let detail = format!("reset {} times with this request on it", op.resets);
+        } else if op.rest.resets > MAX_RESETS {
+            let detail = format!("reset {} times with this request on it", op.rest.resets);
             op.fail(IoError::DeviceFailed { detail });
         }
-        if op.error.is_none() {
+        if op.rest.error.is_none() {
             op.rewind();
-            add(&self.counters.retried, 1);
+            self.tally.retried += 1;
             self.defer(index);
-        } else if !op.in_backlog {
-            op.repeat = false;
+        } else if !op.rest.in_backlog {
+            op.rest.repeat = false;
             self.done.push_back(index);
         }
     }
@@ -214,17 +218,18 @@ impl QueuePair {
     pub(super) fn command_failed(&mut self, reaped: &Reaped) {
         let (status, queue) = (reaped.status, self.queue.id());
         let op = self.ops.get(reaped.command.owner);
+        let lba = if op.simple { op.lba } else { self.first_lbas[usize::from(reaped.command.slot)] };
+        op.unfold(self.simple.lba_shift);
         let aborted = matches!(status.code(), StatusCode::ABORT_REQUESTED | StatusCode::ABORTED_SQ_DELETION);
-        if aborted && op.timeouts > MAX_TIMEOUTS {
+        if aborted && op.rest.timeouts > MAX_TIMEOUTS {
             op.fail(IoError::Timeout);
-        } else if op.error.is_none() && op.retries < MAX_RETRIES && may_repeat(op.kind, status) {
-            op.repeat = true;
-            op.blocks_left = 0;
+        } else if op.rest.error.is_none() && op.rest.retries < MAX_RETRIES && may_repeat(op.kind, status) {
+            op.rest.repeat = true;
+            op.rest.blocks_left = 0;
             // Delays are few and numbered from 1; 0 is none.
             let delay = usize::from(status.crd()).checked_sub(1).map(|index| self.retry_delays[index]);
-            op.delay = op.delay.max(delay.unwrap_or_default());
+            op.rest.delay = op.rest.delay.max(delay.unwrap_or_default());
         } else {
-            let lba = self.first_lbas[usize::from(reaped.command.slot)];
             let error = io_error(op.kind, queue, lba, status);
             match op.kind {
                 Kind::CompareAndWrite => fail_pair(op, status, error),
@@ -237,18 +242,18 @@ impl QueuePair {
     #[cold]
     pub(super) fn finish_or_repeat(&mut self, index: u16) -> Option<u16> {
         let op = self.ops.get(index);
-        if !op.repeat || op.error.is_some() {
-            op.repeat = false;
+        if !op.rest.repeat || op.rest.error.is_some() {
+            op.rest.repeat = false;
             return Some(index);
         }
-        op.retries += 1;
+        op.rest.retries += 1;
         op.rewind();
-        let delay = std::mem::take(&mut op.delay);
-        add(&self.counters.retried, 1);
+        let delay = std::mem::take(&mut op.rest.delay);
+        self.tally.retried += 1;
         if delay.is_zero() {
             self.defer(index);
         } else {
-            op.in_backlog = true; // not done, though nothing is outstanding
+            op.rest.in_backlog = true; // not done, though nothing is outstanding
             self.delayed.push((self.shared.link.timing.now() + delay, index));
         }
         None
@@ -307,13 +312,14 @@ impl QueuePair {
     fn overdue(&mut self, command: CommandId, owner: u16, now: Instant) {
         let queue = self.queue.id();
         let op = self.ops.get(owner);
-        op.timeouts += 1;
+        op.unfold(self.simple.lba_shift);
+        op.rest.timeouts += 1;
         let opcode = build::opcode(op.kind).0;
         let (timeout, pulse) = (self.watchdog.timeout, self.pulse);
-        add(&self.counters.timeouts, 1);
+        self.tally.timeouts += 1;
         tracing::warn!(device = %self.shared.name, %queue, %command, opcode, "command is overdue");
         if self.shared.options.recovery == Recovery::Off {
-            op.error.get_or_insert(IoError::Timeout);
+            op.rest.error.get_or_insert(IoError::Timeout);
             let fault = timeout_fault(&self.shared.link, queue, command, opcode, timeout);
             self.shared.fail(fault);
             return;

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use reactor::dma::{DmaRegion, PAGE_SIZE};
-use vm_memory::VolatileSlice;
+use vm_memory::{MmapRegion, VolatileSlice};
 
 use super::{Transport, TransportError};
 
@@ -23,6 +23,11 @@ impl DmaRegion for Aligned {
 
     fn iova(&self) -> u64 {
         self.region.iova() + self.offset as u64
+    }
+
+    fn mapping(&self) -> (Arc<MmapRegion>, usize) {
+        let (mapping, start) = self.region.mapping();
+        (mapping, start + self.offset)
     }
 }
 

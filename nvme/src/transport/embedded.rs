@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use nvme_emulator::{EmulatedController, MappedRegion, VectorMask};
 use reactor::dma::{DmaRegion, PAGE_SIZE};
-use vm_memory::VolatileSlice;
+use vm_memory::{MmapRegion, VolatileSlice};
 
 use super::{Listen, Transport, TransportError};
 
@@ -42,6 +42,10 @@ impl DmaRegion for EmbeddedRegion {
 
     fn iova(&self) -> u64 {
         self.0.iova()
+    }
+
+    fn mapping(&self) -> (Arc<MmapRegion>, usize) {
+        (self.0.mapping(), 0)
     }
 }
 

@@ -42,7 +42,7 @@ const ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 /// ones.
 #[derive(Debug)]
 pub struct SlabMemory {
-    mapping: MmapRegion,
+    mapping: Arc<MmapRegion>,
     page_bytes: usize,
 }
 
@@ -73,7 +73,7 @@ impl SlabMemory {
         let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
         let mapping = MmapRegion::build(Some(file), bytes, libc::PROT_READ | libc::PROT_WRITE, flags)
             .map_err(io::Error::other)?;
-        Ok(Self { mapping, page_bytes })
+        Ok(Self { mapping: Arc::new(mapping), page_bytes })
     }
 
     /// The descriptor to map. The memory begins at [`offset`](Self::offset) of it.
@@ -361,6 +361,10 @@ impl<M: DmaMapper> DmaRegion for SlabRegion<M> {
 
     fn iova(&self) -> u64 {
         self.slab.iova + (self.page * PAGE_SIZE) as u64
+    }
+
+    fn mapping(&self) -> (Arc<MmapRegion>, usize) {
+        (Arc::clone(&self.slab.memory.mapping), self.page * PAGE_SIZE)
     }
 }
 

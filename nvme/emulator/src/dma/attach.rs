@@ -116,7 +116,7 @@ impl DmaSpace {
                 other_bytes: other.pages.size(),
             });
         }
-        let region = Arc::new(Region { iova, pages, access });
+        let region = Arc::new(Region { iova, pages: Arc::new(pages), access });
         mappings.insert(Arc::clone(&region));
         self.shared.generation.fetch_add(1, Ordering::Release);
         Ok(AttachedRegion { space: self.clone(), region })

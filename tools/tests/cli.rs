@@ -8,8 +8,10 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-const SUBCOMMANDS: [&str; 11] =
-    ["up", "mkfs", "fsck", "dump", "list", "identify", "smart", "perf", "serve", "status", "sync"];
+const SUBCOMMANDS: [&str; 13] = [
+    "up", "mkfs", "fsck", "dump", "list", "bind", "unbind", "identify", "smart", "perf", "serve", "status",
+    "sync",
+];
 
 fn run(program: &str, arguments: &[&str]) -> Output {
     Command::new(program).args(arguments).stdin(Stdio::null()).output().expect("cargo has built the program")
@@ -27,6 +29,18 @@ fn said(output: &Output) -> String {
 fn document(output: &Output) -> Value {
     assert_eq!(output.status.code(), Some(0), "{}", said(output));
     serde_json::from_slice(&output.stdout).expect("standard output is one JSON document")
+}
+
+#[test]
+fn binding_what_is_no_controller_is_refused() {
+    for subcommand in ["bind", "unbind"] {
+        let output = pollux(&[subcommand, "ffff:ff:1f.7"]);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(said(&output).contains("there is no such PCI device"), "{}", said(&output));
+        let output = pollux(&[subcommand, "01:00"]);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(said(&output).contains("the function is missing"), "{}", said(&output));
+    }
 }
 
 #[test]

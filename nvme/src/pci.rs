@@ -2,7 +2,7 @@
 //!
 //! Everything is read from a [`Sysfs`], so that tests and tools can look at a tree of their own.
 //!
-//! Invariants: but for [`bind`] and [`unbind`] nothing is written to, and no device is opened; what a system does not show (no IOMMU, no kernel
+//! Invariants: but for [`bind()`] and [`unbind()`] nothing is written to, and no device is opened; what a system does not show (no IOMMU, no kernel
 //! driver) is `None` or empty, never an error; a device that disappears while it is looked at is left out.
 //!
 //! Excludes: opening devices (the VFIO transport).

@@ -37,11 +37,13 @@ use crate::bring_up::{self, Problem};
 use crate::controller::{Admin, Shared};
 use crate::event::ControllerEvent;
 use crate::fault::{Fault, Life};
-use crate::lane::{Answer, Ask, Errand, Lane};
+use crate::lane::{Answer, Ask, Creation, Errand, Lane};
 use crate::transport::Listen;
 
 /// Time that an abort or the deletion of a stuck queue is given before the controller is reset.
 pub const ESCALATION_TIMEOUT: Duration = Duration::from_secs(5);
+/// Resets in a row that one queue may cost because the controller fails when the queue is to be created again.
+pub const MAX_CREATION_FAILURES: u32 = 3;
 /// Events handled in one turn.
 pub(crate) const EVENTS_A_TURN: usize = 16;
 /// Pause after a turn with events.
@@ -238,10 +240,18 @@ impl Shared {
         };
         match outcome {
             Ok(answer) => {
+                if answer == Answer::Created {
+                    lane.note_creation(Creation::Succeeded);
+                }
                 tracing::debug!(device = %self.name, queue = %lane.id, errand = ?ask.errand, ?answer, "done for a queue");
                 lane.reply(answer);
             }
-            Err(AdminError::Failed(fault)) => self.fail(fault),
+            Err(AdminError::Failed(fault)) => {
+                // Reset after reset would not help: there must be an end for those who wait.
+                let hopeless = ask.errand == Errand::Create
+                    && lane.note_creation(Creation::Failed) >= MAX_CREATION_FAILURES;
+                self.fail(if hopeless { Fault::CannotCreate { queue: lane.id } } else { fault });
+            }
             Err(error @ AdminError::Status { .. }) => {
                 tracing::warn!(device = %self.name, queue = %lane.id, errand = ?ask.errand, %error, "refused");
                 match ask.errand {

@@ -12,7 +12,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::time::Duration;
 
 use nvme_spec::{CommandId, QueueId, SubmissionEntry};
@@ -66,6 +66,16 @@ pub(crate) struct Lane {
     /// The controller's pulse when the queue was created first.
     pub(crate) born: Pulse,
     answer: AtomicU8,
+    /// Creations in a row that the controller did not survive.
+    failed_creations: AtomicU32,
+}
+
+/// How an attempt to create a queue ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Creation {
+    Succeeded,
+    /// With a fault of the controller.
+    Failed,
 }
 
 /// A question on its way to the keeper.
@@ -85,7 +95,20 @@ impl Lane {
         waker: Option<Arc<OwnedFd>>,
         born: Pulse,
     ) -> Self {
-        Self { id, create_cq, create_sq, waker, born, answer: AtomicU8::new(Answer::Pending as u8) }
+        let answer = AtomicU8::new(Answer::Pending as u8);
+        Self { id, create_cq, create_sq, waker, born, answer, failed_creations: AtomicU32::new(0) }
+    }
+
+    /// Notes how an attempt to create the queue ended. Returns how many failed since one succeeded. The keeper's.
+    pub(crate) fn note_creation(&self, outcome: Creation) -> u32 {
+        // Relaxed: only the keeper looks, under the admin queue's lock.
+        match outcome {
+            Creation::Succeeded => {
+                self.failed_creations.store(0, Ordering::Relaxed);
+                0
+            }
+            Creation::Failed => self.failed_creations.fetch_add(1, Ordering::Relaxed) + 1,
+        }
     }
 
     /// Forgets the last answer. The owner's, before it asks.

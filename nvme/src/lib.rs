@@ -48,7 +48,7 @@ pub use copy::CopyLimits;
 pub use event::ControllerEvent;
 pub use fault::{Fault, Life};
 pub use identity::{ControllerInfo, Namespace};
-pub use keeper::ESCALATION_TIMEOUT;
+pub use keeper::{ESCALATION_TIMEOUT, MAX_CREATION_FAILURES};
 pub use open::{OpenError, OpenOptions, open};
 pub use pci::PciAddress;
 pub use queue::ProtocolError;

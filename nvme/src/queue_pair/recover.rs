@@ -311,6 +311,13 @@ impl QueuePair {
 
     fn overdue(&mut self, command: CommandId, owner: u16, now: Instant) {
         let queue = self.queue.id();
+        if let Ok(csts) = self.shared.link.status()
+            && csts.cfs()
+        {
+            // The controller's fault, not the command's: it does not count against the request.
+            self.shared.fail(Fault::FatalStatus { csts: csts.into() });
+            return;
+        }
         let op = self.ops.get(owner);
         op.unfold(self.simple.lba_shift);
         op.rest.timeouts += 1;

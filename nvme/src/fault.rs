@@ -212,6 +212,7 @@ impl Health {
     }
 
     /// One load of a line that changes only with the controller's life.
+    #[inline]
     pub(crate) fn pulse(&self) -> Pulse {
         // Acquire: pairs with the release in `apply`, so that a queue that sees a state also sees the fault.
         Pulse(self.pulse.load(Ordering::Acquire))

@@ -186,7 +186,6 @@ pub(crate) struct Ops {
     table: Box<[Op]>,
     /// The entry that is taken next, or [`NONE`].
     free: u16,
-    in_use: u16,
 }
 
 impl Ops {
@@ -197,11 +196,7 @@ impl Ops {
         if let Some(last) = table.last_mut() {
             last.outstanding = u32::from(NONE);
         }
-        Self { table, free: if count == 0 { NONE } else { 0 }, in_use: 0 }
-    }
-
-    pub(crate) fn in_use(&self) -> usize {
-        usize::from(self.in_use)
+        Self { table, free: if count == 0 { NONE } else { 0 } }
     }
 
     pub(crate) fn capacity(&self) -> usize {
@@ -220,7 +215,6 @@ impl Ops {
         let op = self.table.get_mut(usize::from(index))?;
         debug_assert!(!op.in_use && op.buffer.is_none() && op.rest.error.is_none());
         self.free = op.outstanding as u16;
-        self.in_use += 1;
         (op.in_use, op.outstanding) = (true, 0);
         Some(index)
     }
@@ -240,7 +234,6 @@ impl Ops {
         (op.rest.repeat, op.simple) = (false, false);
         op.outstanding = u32::from(self.free);
         self.free = index;
-        self.in_use -= 1;
         (op.tag, op.rest.error.take().map_or(Ok(()), Err), op.buffer.take())
     }
 
@@ -251,19 +244,21 @@ impl Ops {
         tag: OpTag,
         kind: Kind,
         lba: u64,
-        started: Instant,
+        started: Option<Instant>,
         buffer: DmaBuffer,
     ) -> u16 {
         let index = self.free;
         let op = &mut self.table[usize::from(index)];
         debug_assert!(!op.in_use && op.buffer.is_none() && op.rest.error.is_none());
         self.free = op.outstanding as u16;
-        self.in_use += 1;
-        (op.tag, op.kind, op.started) = (tag, kind, started);
+        (op.tag, op.kind) = (tag, kind);
+        if let Some(started) = started {
+            op.started = started;
+        }
         op.lba = lba;
         (op.in_use, op.simple, op.outstanding) = (true, true, 1);
         // Nothing is dropped: the place is empty.
-        op.buffer = Some(buffer);
+        std::mem::forget(op.buffer.replace(buffer));
         index
     }
 
@@ -276,7 +271,6 @@ impl Ops {
         }
         (op.in_use, op.simple, op.outstanding) = (false, false, u32::from(self.free));
         self.free = index;
-        self.in_use -= 1;
         Some(op)
     }
 

@@ -40,7 +40,7 @@ use crate::fault::{Fault, Life, Pulse};
 use crate::identity::{ControllerInfo, Namespace};
 use crate::lane::Lane;
 use crate::ops::{Cutter, Kind, MAX_COUNT_16, Ops};
-use crate::queue::{Queue, Reaped};
+use crate::queue::Queue;
 use crate::sgl::{DataPointers, Pointing};
 use crate::slots::MAX_SLOTS;
 use crate::stats::{Latencies, QueueCounters, QueueCounts};
@@ -140,16 +140,20 @@ struct Simple {
     lba_mask: usize,
     /// 0 if no request is simple.
     max_bytes: usize,
+    /// `max_bytes` while nobody waits who must not be overtaken.
+    usual_max_bytes: usize,
     lba_count: u64,
 }
 
 impl Simple {
     fn new(namespace: &Namespace, max_transfer: usize, list_free_bytes: usize) -> Self {
+        // Where commands should not cross boundaries, each is looked at.
+        let max_bytes = if namespace.optimal_boundary == 0 { max_transfer.min(list_free_bytes) } else { 0 };
         Self {
             lba_shift: namespace.lba_shift,
             lba_mask: namespace.lba_size() as usize - 1,
-            // Where commands should not cross boundaries, each is looked at.
-            max_bytes: if namespace.optimal_boundary == 0 { max_transfer.min(list_free_bytes) } else { 0 },
+            max_bytes,
+            usual_max_bytes: max_bytes,
             lba_count: namespace.blocks,
         }
     }
@@ -312,11 +316,15 @@ impl QueuePair {
         &self.controller
     }
 
-    fn now_if_recording(&self) -> Instant {
-        match self.latencies {
-            Some(_) => self.shared.link.timing.now(),
-            None => Instant::ZERO,
-        }
+    #[inline]
+    fn now_if_recording(&self) -> Option<Instant> {
+        self.latencies.as_ref().map(|_| self.shared.link.timing.now())
+    }
+
+    /// Requests accepted and not handed out yet: each is counted on both occasions.
+    #[inline]
+    fn requests_in_flight(&self) -> usize {
+        (self.tally.requests - self.tally.completed - self.tally.errors) as usize
     }
 
     /// What a request comes to on this device: kind, first block, blocks.
@@ -374,29 +382,34 @@ impl QueuePair {
         }
     }
 
+    /// Notes whether a fused pair waits: then no request is simple, so that none overtakes it.
+    fn set_pair_waiting(&mut self, waiting: bool) {
+        self.pair_waiting = waiting;
+        self.simple.max_bytes = if waiting { 0 } else { self.simple.usual_max_bytes };
+    }
+
     /// Whether the controller is as it was when the queue began to send.
-    #[inline(always)]
+    #[inline]
     fn may_send(&self) -> bool {
         self.shared.link.health.pulse() == self.pulse
     }
 
-    /// Whether `bytes` at `lba` go out now, as one command whose data needs no list: what most requests do.
+    /// The blocks of `bytes` at `lba`, if they go out now, as one command whose data needs no list: what most requests do.
     #[inline(always)]
-    fn is_simple(&self, lba: u64, bytes: usize) -> bool {
-        let blocks = (bytes >> self.simple.lba_shift) as u64;
-        bytes & self.simple.lba_mask == 0
-            && bytes <= self.simple.max_bytes
-            && lba < self.simple.lba_count
-            && blocks <= self.simple.lba_count - lba
-            && self.ops.has_free()
-            && self.queue.slots().has_free()
-            && !self.pair_waiting
+    fn simple_blocks(&self, lba: u64, bytes: usize) -> Option<u64> {
+        let simple = &self.simple;
+        let blocks = (bytes >> simple.lba_shift) as u64;
+        let fits = bytes & simple.lba_mask == 0
+            && bytes <= simple.max_bytes
+            && lba < simple.lba_count
+            && blocks <= simple.lba_count - lba;
+        let room = self.ops.has_free() && self.queue.slots().has_free();
+        (fits && room && self.shared.link.health.pulse() == self.pulse).then_some(blocks)
     }
 
-    /// Sends a request that [`Self::is_simple`].
+    /// Sends a request of so many [simple blocks](Self::simple_blocks).
     #[inline(always)]
-    fn submit_simple(&mut self, tag: OpTag, kind: Kind, lba: u64, buffer: DmaBuffer) {
-        let blocks = (buffer.len() >> self.simple.lba_shift) as u64;
+    fn submit_simple(&mut self, tag: OpTag, kind: Kind, lba: u64, blocks: u64, buffer: DmaBuffer) {
         let entry = self.builder.build_simple(kind, lba, blocks, &buffer);
         let started = self.now_if_recording();
         let index = self.ops.take_simple(tag, kind, lba, started, buffer);
@@ -405,6 +418,7 @@ impl QueuePair {
         self.tally.commands += 1;
     }
 
+    #[inline]
     fn write_kind(&self, durability: Durability) -> Kind {
         match durability {
             Durability::Durable if self.geometry.volatile_write_cache => Kind::WriteDurable,
@@ -441,7 +455,7 @@ impl QueuePair {
         let op = self.ops.get(index);
         op.tag = tag;
         op.begin(kind, lba, if kind == Kind::Nothing { 0 } else { blocks });
-        op.started = started;
+        op.started = started.unwrap_or(Instant::ZERO);
         op.buffer = buffer;
         self.tally.requests += 1;
         index
@@ -498,7 +512,7 @@ impl QueuePair {
 
     /// Sends from the backlog while there are command slots. Returns an operation that ended there.
     fn issue_backlog(&mut self) -> Option<u16> {
-        self.pair_waiting = false;
+        self.set_pair_waiting(false);
         while self.queue.slots().has_free() && self.pulse != Pulse::NONE {
             let index = self.backlog.pop_front()?;
             let op = self.ops.get(index);
@@ -513,7 +527,7 @@ impl QueuePair {
             if self.waits_for_pair(index) {
                 self.ops.get(index).rest.in_backlog = true;
                 self.backlog.push_front(index);
-                self.pair_waiting = true;
+                self.set_pair_waiting(true);
                 return None;
             }
             self.issue(index);
@@ -522,13 +536,12 @@ impl QueuePair {
     }
 
     /// Accounts for a completed command. Returns its operation if that is finished.
-    #[inline]
-    fn command_completed(&mut self, reaped: Reaped) -> Option<u16> {
-        let index = reaped.command.owner;
+    #[inline(never)]
+    fn command_completed(&mut self, slot: u16, index: u16, status: Status) -> Option<u16> {
         let op = self.ops.get(index);
         op.outstanding -= 1;
-        if !reaped.status.is_success() {
-            self.command_failed(&reaped);
+        if !status.is_success() {
+            self.command_failed(slot, index, status);
         }
         let op = self.ops.get(index);
         if !op.is_done() {
@@ -550,7 +563,9 @@ impl QueuePair {
         if kind == Kind::Copy {
             self.copies[usize::from(index)] = None;
         }
-        self.record_latency(kind, started);
+        if let Some(latencies) = &self.latencies {
+            record_latency(latencies, &self.shared, kind, started);
+        }
         sink(Completion { tag, result, buffer });
     }
 
@@ -573,14 +588,6 @@ impl QueuePair {
         self.tally.completed += 1;
     }
 
-    #[inline]
-    fn record_latency(&self, kind: Kind, started: Instant) {
-        if let Some(latencies) = &self.latencies {
-            let taken = self.shared.link.timing.now().duration_since(started);
-            latencies.class(kind.latency_class()).record(taken.as_nanos() as u64);
-        }
-    }
-
     /// One poll round of a running controller.
     #[inline]
     fn poll_round(&mut self, budget: usize, sink: &mut dyn FnMut(Completion)) -> usize {
@@ -589,24 +596,25 @@ impl QueuePair {
         while delivered < budget {
             match self.queue.poll() {
                 Ok(Some(reaped)) => {
+                    let owner = reaped.command.owner;
                     if reaped.status.is_success()
-                        && let Some(op) = self.ops.release_simple(reaped.command.owner)
+                        && let Some(op) = self.ops.release_simple(owner)
                     {
-                        let (tag, buffer) = (op.tag, op.buffer.take());
-                        let bytes = buffer.as_ref().map_or(0, DmaBuffer::len) as u64;
+                        let bytes = op.buffer.as_ref().map_or(0, DmaBuffer::len) as u64;
                         let counted = match op.kind {
                             Kind::Read => &mut self.tally.bytes_read,
                             _ => &mut self.tally.bytes_written,
                         };
                         *counted += bytes;
                         self.tally.completed += 1;
-                        if self.latencies.is_some() {
-                            let (kind, started) = (op.kind, op.started);
-                            self.record_latency(kind, started);
+                        if let Some(latencies) = &self.latencies {
+                            record_latency(latencies, &self.shared, op.kind, op.started);
                         }
-                        sink(Completion { tag, result: Ok(()), buffer });
+                        sink(Completion { tag: op.tag, result: Ok(()), buffer: op.buffer.take() });
                         delivered += 1;
-                    } else if let Some(index) = self.command_completed(reaped) {
+                    } else if let Some(index) =
+                        self.command_completed(reaped.command.slot, owner, reaped.status)
+                    {
                         self.hand_out(index, sink);
                         delivered += 1;
                     }
@@ -659,17 +667,21 @@ impl BlockDevice for QueuePair {
     fn submit(&mut self, tag: OpTag, request: Request) -> Result<(), Rejected> {
         // Each arm on its own, so that the command is built with a constant opcode.
         match request {
-            Request::Read { lba, buffer } if self.may_send() && self.is_simple(lba.get(), buffer.len()) => {
-                self.submit_simple(tag, Kind::Read, lba.get(), buffer);
-                Ok(())
-            }
-            Request::Write { lba, buffer, durability }
-                if self.may_send() && self.is_simple(lba.get(), buffer.len()) =>
-            {
-                let kind = self.write_kind(durability);
-                self.submit_simple(tag, kind, lba.get(), buffer);
-                Ok(())
-            }
+            Request::Read { lba, buffer } => match self.simple_blocks(lba.get(), buffer.len()) {
+                Some(blocks) => {
+                    self.submit_simple(tag, Kind::Read, lba.get(), blocks, buffer);
+                    Ok(())
+                }
+                None => self.submit_any(tag, Request::Read { lba, buffer }),
+            },
+            Request::Write { lba, buffer, durability } => match self.simple_blocks(lba.get(), buffer.len()) {
+                Some(blocks) => {
+                    let kind = self.write_kind(durability);
+                    self.submit_simple(tag, kind, lba.get(), blocks, buffer);
+                    Ok(())
+                }
+                None => self.submit_any(tag, Request::Write { lba, buffer, durability }),
+            },
             request => self.submit_any(tag, request),
         }
     }
@@ -677,7 +689,6 @@ impl BlockDevice for QueuePair {
     #[inline]
     fn ring(&mut self) {
         self.queue.ring();
-        self.publish_counts();
     }
 
     fn process_completions(&mut self, budget: usize, sink: &mut dyn FnMut(Completion)) -> usize {
@@ -695,7 +706,7 @@ impl BlockDevice for QueuePair {
     }
 
     fn in_flight(&self) -> usize {
-        self.ops.in_use()
+        self.requests_in_flight()
     }
 
     fn interrupt(&self) -> Option<BorrowedFd<'_>> {
@@ -703,11 +714,12 @@ impl BlockDevice for QueuePair {
     }
 
     fn arm_interrupt(&mut self) -> bool {
-        if self.ops.in_use() > 0 {
+        self.publish_counts();
+        if self.requests_in_flight() > 0 {
             self.watch();
         }
         if let Some((wake, vector)) = &self.wake {
-            wake.arm((self.ops.in_use() > 0).then_some(self.watchdog.interval));
+            wake.arm((self.requests_in_flight() > 0).then_some(self.watchdog.interval));
             self.shared.link.transport.listen(*vector, Listen::On);
             self.listening = true;
         }
@@ -727,7 +739,6 @@ impl Drop for QueuePair {
                 buffer.quarantine();
             }
         }
-        debug_assert!(self.ops.in_use() == 0 && self.ops.capacity() > 0);
     }
 }
 
@@ -743,6 +754,11 @@ fn cutter(info: &ControllerInfo, namespace: &Namespace, max_transfer: u64) -> Cu
         verify: blocks(info.max_verify.unwrap_or(verify).min(MAX_ZEROES_BYTES)),
         deallocate: info.max_deallocate.unwrap_or(u64::MAX).clamp(1, u64::from(u32::MAX)),
     }
+}
+
+fn record_latency(latencies: &Latencies, shared: &Shared, kind: Kind, started: Instant) {
+    let taken = shared.link.timing.now().duration_since(started);
+    latencies.class(kind.latency_class()).record(taken.as_nanos() as u64);
 }
 
 /// Bytes of the largest command: what the options ask for, the controller allows, and whole blocks and pages make up.

@@ -4,8 +4,8 @@
 //! that a late or forged completion of an earlier command does not pass for the present one.
 //!
 //! Invariants:
-//! - a slot is free or in flight; a free slot's identifier is [`FREE`], which no command ever carries (NVMe 1.4 §5.14.1.1
-//!   reserves 0xffff in the error log);
+//! - a slot is free or in flight; a free slot has no identifier, and no command ever carries 0xffff, which means "none" in the
+//!   error log (NVMe 1.4 §5.14.1.1);
 //! - taking and releasing allocate nothing.
 //!
 //! Excludes: what a command was for. `owner` is the caller's.
@@ -15,15 +15,19 @@ use nvme_spec::CommandId;
 /// Most commands in flight on one queue: leaves four bits of every identifier to the generation.
 pub(crate) const MAX_SLOTS: u16 = 1 << 12;
 
-const FREE: u16 = u16::MAX;
+/// In place of the identifier of a free slot: none that a device can name.
+const FREE: u32 = u32::MAX;
+/// The identifier that is left out.
+#[cfg(test)]
+const RESERVED: u16 = u16::MAX;
 /// End of the list of free slots.
 const NONE: u16 = u16::MAX;
 
 /// What a completion is checked against.
 #[derive(Clone, Copy, Debug)]
 struct Slot {
-    /// Of the command in flight, or [`FREE`].
-    cid: u16,
+    /// Identifier of the command in flight, or [`FREE`].
+    cid: u32,
     /// Of the next command here: the same index, the next generation.
     next: u16,
     /// The caller's; of a free slot, the next free one or [`NONE`].
@@ -59,7 +63,6 @@ pub(crate) struct CommandSlots {
     slots: Box<[Slot]>,
     /// The slot that is taken next, or [`NONE`].
     free: u16,
-    in_flight: u16,
     /// The bits of an identifier that are the index.
     index_mask: u16,
     /// Identifiers from here on have the last generation.
@@ -78,9 +81,8 @@ impl CommandSlots {
         Self {
             slots: (0..count).map(slot).collect(),
             free: 0,
-            in_flight: 0,
             index_mask: ((1u32 << index_bits) - 1) as u16,
-            // One generation is left out: with an index of all ones it would make FREE.
+            // One generation is left out: with an index of all ones it would make 0xffff.
             last_generation: (((1u32 << (16 - index_bits)) - 2) << index_bits) as u16,
         }
     }
@@ -90,12 +92,14 @@ impl CommandSlots {
         self.free != NONE
     }
 
-    pub(crate) fn free(&self) -> usize {
-        self.slots.len() - usize::from(self.in_flight)
+    /// Whether two slots are free.
+    pub(crate) fn has_free_pair(&self) -> bool {
+        self.slots.get(usize::from(self.free)).is_some_and(|slot| slot.owner != NONE)
     }
 
+    /// Commands in flight; counts them.
     pub(crate) fn in_flight(&self) -> usize {
-        usize::from(self.in_flight)
+        self.slots.iter().filter(|slot| slot.cid != FREE).count()
     }
 
     /// The slot that [`take`](Self::take) would give.
@@ -111,10 +115,9 @@ impl CommandSlots {
         // The end of the list is beyond the last slot.
         let taken = self.slots.get_mut(usize::from(slot))?;
         self.free = taken.owner;
-        self.in_flight += 1;
         let cid = taken.next;
         let next = if cid >= self.last_generation { slot } else { cid + self.index_mask + 1 };
-        *taken = Slot { cid, next, owner, sequence };
+        *taken = Slot { cid: u32::from(cid), next, owner, sequence };
         Some((slot, CommandId::new(cid)))
     }
 
@@ -123,7 +126,7 @@ impl CommandSlots {
     pub(crate) fn find(&self, cid: CommandId) -> Result<Command, BadCid> {
         let slot = cid.get() & self.index_mask;
         let found = self.slots.get(usize::from(slot)).ok_or(BadCid::OutOfRange)?;
-        if found.cid != cid.get() || cid.get() == FREE {
+        if found.cid != u32::from(cid.get()) {
             return Err(if found.cid == FREE { BadCid::NotInFlight } else { BadCid::Stale });
         }
         Ok(Command { slot, owner: found.owner, sequence: found.sequence })
@@ -136,7 +139,6 @@ impl CommandSlots {
         assert!(found.cid != FREE, "slot {slot} released twice");
         (found.cid, found.owner) = (FREE, self.free);
         self.free = slot;
-        self.in_flight -= 1;
     }
 
     /// Frees everything: the device was reset.
@@ -152,7 +154,7 @@ impl CommandSlots {
     pub(crate) fn commands(&self) -> impl Iterator<Item = (CommandId, Command)> + '_ {
         self.slots.iter().enumerate().filter(|(_, slot)| slot.cid != FREE).map(|(index, slot)| {
             let command = Command { slot: index as u16, owner: slot.owner, sequence: slot.sequence };
-            (CommandId::new(slot.cid), command)
+            (CommandId::new(slot.cid as u16), command)
         })
     }
 }
@@ -176,14 +178,14 @@ mod tests {
     }
 
     #[test]
-    fn no_identifier_is_ever_the_free_mark_and_generations_last() {
+    fn no_identifier_is_ever_the_reserved_one_and_generations_last() {
         for count in [1, 2, 255, 256, 4096] {
             let mut slots = CommandSlots::new(count);
             for round in 0..70_000u32 / u32::from(count) + 20 {
                 let taken: Vec<_> = (0..count).map(|_| slots.take(0, round).unwrap()).collect();
                 assert!(slots.take(0, 0).is_none());
                 for (slot, cid) in taken {
-                    assert_ne!(cid.get(), FREE);
+                    assert_ne!(cid.get(), RESERVED);
                     assert_eq!(slots.find(cid).unwrap().slot, slot);
                     slots.release(slot);
                 }

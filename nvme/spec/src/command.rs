@@ -289,23 +289,24 @@ impl SubmissionEntry {
     }
 
     #[inline]
-    fn with_slba(mut self, slba: u64, dw12: ReadWriteDw12) -> Self {
+    fn with_slba(mut self, slba: u64, dw12: u32) -> Self {
         self.cdw10.set(slba as u32);
         self.cdw11.set((slba >> 32) as u32);
-        self.cdw12.set(dw12.into());
+        self.cdw12.set(dw12);
         self
     }
 
     /// Read (§6.9).
     #[inline]
     pub fn read(nsid: NamespaceId, slba: u64, blocks_z: u16) -> Self {
-        Self::nvm(NvmOpcode::READ, nsid).with_slba(slba, ReadWriteDw12::new().with_blocks_z(blocks_z))
+        Self::nvm(NvmOpcode::READ, nsid).with_slba(slba, u32::from(blocks_z))
     }
 
     /// Write (§6.15).
     #[inline]
     pub fn write(nsid: NamespaceId, slba: u64, blocks_z: u16, fua: ForceUnitAccess) -> Self {
-        let dw12 = ReadWriteDw12::new().with_blocks_z(blocks_z).with_fua(fua == ForceUnitAccess::Yes);
+        // As `ReadWriteDw12` has it, without its calls: this is on the I/O path.
+        let dw12 = u32::from(blocks_z) | u32::from(fua == ForceUnitAccess::Yes) << 30;
         Self::nvm(NvmOpcode::WRITE, nsid).with_slba(slba, dw12)
     }
 
@@ -313,7 +314,7 @@ impl SubmissionEntry {
     pub fn write_zeroes(nsid: NamespaceId, slba: u64, blocks_z: u16, deallocate: DeallocateZeroes) -> Self {
         let dw12 =
             ReadWriteDw12::new().with_blocks_z(blocks_z).with_deac(deallocate == DeallocateZeroes::Yes);
-        Self::nvm(NvmOpcode::WRITE_ZEROES, nsid).with_slba(slba, dw12)
+        Self::nvm(NvmOpcode::WRITE_ZEROES, nsid).with_slba(slba, dw12.into())
     }
 
     /// Flush (§6.8).

@@ -196,7 +196,7 @@ impl QueuePair {
 
     /// Whether an operation has to wait although a slot is free.
     pub(super) fn waits_for_pair(&mut self, index: u16) -> bool {
-        self.ops.get(index).kind == Kind::CompareAndWrite && self.queue.slots().free() < 2
+        self.ops.get(index).kind == Kind::CompareAndWrite && !self.queue.slots().has_free_pair()
     }
 
     /// Sends the next command of a copy, or a fused pair. At least one slot is free. Returns whether something was sent.
@@ -207,7 +207,7 @@ impl QueuePair {
             return true;
         }
         if self.waits_for_pair(index) {
-            self.pair_waiting = true;
+            self.set_pair_waiting(true);
             return false;
         }
         self.issue_pair(index);

@@ -122,7 +122,7 @@ impl QueuePair {
             Stage::Running => pulse != self.pulse,
             _ if self.shared.options.keeper == Keeper::Polled => true,
             Stage::Paused => {
-                pulse.life() == Life::Running || pulse.life().is_final() && self.ops.in_use() > 0
+                pulse.life() == Life::Running || pulse.life().is_final() && self.requests_in_flight() > 0
             }
             Stage::Deleting(asked) | Stage::Creating(asked) => {
                 pulse != asked || self.lane.answer() != Answer::Pending
@@ -172,7 +172,8 @@ impl QueuePair {
         while let Some(reaped) =
             self.queue.poll().map_err(|error| Fault::Protocol { queue: self.queue.id(), error })?
         {
-            if let Some(index) = self.command_completed(reaped) {
+            let (slot, owner) = (reaped.command.slot, reaped.command.owner);
+            if let Some(index) = self.command_completed(slot, owner, reaped.status) {
                 self.done.push_back(index);
             }
         }
@@ -215,10 +216,10 @@ impl QueuePair {
 
     /// Decides what becomes of an operation one of whose commands failed.
     #[cold]
-    pub(super) fn command_failed(&mut self, reaped: &Reaped) {
-        let (status, queue) = (reaped.status, self.queue.id());
-        let op = self.ops.get(reaped.command.owner);
-        let lba = if op.simple { op.lba } else { self.first_lbas[usize::from(reaped.command.slot)] };
+    pub(super) fn command_failed(&mut self, slot: u16, owner: u16, status: Status) {
+        let queue = self.queue.id();
+        let op = self.ops.get(owner);
+        let lba = if op.simple { op.lba } else { self.first_lbas[usize::from(slot)] };
         op.unfold(self.simple.lba_shift);
         let aborted = matches!(status.code(), StatusCode::ABORT_REQUESTED | StatusCode::ABORTED_SQ_DELETION);
         if aborted && op.rest.timeouts > MAX_TIMEOUTS {

@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | unit | tests of all crates but `hw-tests`, apart from those marked `#[ignore]` | nothing |
 //! | doc | documentation tests | nothing |
-//! | mount | `hw-tests`, and all of `pollux-tools` with its `#[ignore]`d tests, in release: real mounts, real programs | `/dev/fuse`, root or fusermount3, Debian packages |
+//! | mount | `hw-tests`, and all of `pollux-tools` with its `#[ignore]`d tests, on release builds of the programs: real mounts, real programs | `/dev/fuse`, root or fusermount3, Debian packages |
 //!
 //! Outside `hw-tests`, a test that needs more than a compiler carries `#[ignore = "what it needs"]`. The mount tier
 //! finds the built programs in the folder named by the environment variable `POLLUX_BIN_DIR`.
@@ -115,9 +115,9 @@ impl Runner {
         let environment = [("POLLUX_BIN_DIR", &*binaries)];
         let mut arguments = match self {
             Self::Nextest => {
-                vec!["nextest", "run", "--locked", "--release", "--no-fail-fast", "--status-level", "pass"]
+                vec!["nextest", "run", "--locked", "--no-fail-fast", "--status-level", "pass"]
             }
-            Self::CargoTest => vec!["test", "--locked", "--release", "--no-fail-fast", "--lib", "--tests"],
+            Self::CargoTest => vec!["test", "--locked", "--no-fail-fast", "--lib", "--tests"],
         };
         arguments.extend(MOUNT_CRATES);
         // One at a time: each of these keeps a daemon, a mount and often all cores busy.

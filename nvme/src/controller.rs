@@ -5,7 +5,7 @@
 //!
 //! Invariants:
 //! - memory that the controller was given is released only after the controller was told to forget it (queue deleted,
-//!   controller reset) or was proven quiet; else it stays in `kept` until the controller itself goes;
+//!   controller reset) or was proven quiet; else it stays in `kept` until then;
 //! - after a fault nothing is submitted until the controller is back, and every queue is woken to see it;
 //! - dropping the last handle shuts the controller down in an orderly way, within bounded time.
 //!
@@ -36,7 +36,7 @@ use crate::event::{ControllerEvent, EventLog};
 use crate::fault::{Curable, Fault, Health, Life};
 use crate::handshake::{HandshakeError, Link, shutdown_timeout};
 use crate::identity::{ControllerInfo, Namespace, NamespaceEntry, NamespaceProblem};
-use crate::keeper::{self, Desk};
+use crate::keeper::{self, Desk, MAX_CREATION_FAILURES};
 use crate::lane::Lane;
 use crate::queue::{Queue, QueueShape};
 use crate::queue_pair::{QueueOptions, QueuePair};
@@ -166,8 +166,19 @@ pub(crate) struct Admin {
     pub(crate) live: BTreeSet<u16>,
     /// Queues that somebody holds, and their namespaces.
     users: BTreeMap<u16, NamespaceId>,
-    /// Memory that a queue left behind without the controller's consent.
+    /// Queues that nobody holds and the controller may still have.
+    stranded: BTreeSet<u16>,
+    /// Memory that a queue left behind without the controller's consent: until the controller is proven quiet.
     kept: Vec<Arc<dyn DmaRegion>>,
+}
+
+impl Admin {
+    /// The controller was proven quiet: it has no I/O queue any more, and uses no memory.
+    pub(crate) fn forget_queues(&mut self) {
+        self.live.clear();
+        self.kept.clear();
+        self.free_queues.append(&mut self.stranded);
+    }
 }
 
 impl Controller {
@@ -196,6 +207,7 @@ impl Controller {
                 free_queues: (1..=found.granted).collect(),
                 live: BTreeSet::new(),
                 users: BTreeMap::new(),
+                stranded: BTreeSet::new(),
                 kept: Vec::new(),
             }),
             options: options.clone(),
@@ -384,12 +396,16 @@ impl Shared {
         outcome
     }
 
-    /// Keeps the fault, and wakes every queue and the keeper.
-    pub(crate) fn fail(&self, fault: Fault) {
-        let curable = match self.options.recovery {
+    fn curable(&self, fault: &Fault) -> Curable {
+        match self.options.recovery {
             Recovery::Automatic if fault.is_curable() => Curable::Yes,
             _ => Curable::No,
-        };
+        }
+    }
+
+    /// Keeps the fault, and wakes every queue and the keeper.
+    pub(crate) fn fail(&self, fault: Fault) {
+        let curable = self.curable(&fault);
         let text = fault.to_string();
         if self.link.health.fail(fault, curable) {
             if curable == Curable::Yes {
@@ -428,26 +444,30 @@ impl Shared {
         waker: Option<&Arc<OwnedFd>>,
     ) -> Result<(Queue, Arc<Lane>), QueueError> {
         let mut admin = self.lock_running();
-        // Formatted between the caller's look and this lock: what the caller planned is void.
-        let unchanged =
-            |entry: &NamespaceEntry| entry.checked.as_ref().is_ok_and(|now| now.is_like(namespace));
-        if !self.namespaces().iter().any(unchanged) {
-            return Err(QueueError::Option("the namespace changed while the queue was being created"));
-        }
         let number = admin.free_queues.pop_first().ok_or_else(|| QueueError::NoQueueLeft {
             device: self.name.clone(),
             granted: self.granted_queues,
         })?;
         let id = QueueId::new(number);
-        let attached = interrupt(id).and_then(|interrupt| {
-            let (queue, lane) = self.make_queue(id, slots, interrupt, waker)?;
-            let created = self.create_on_device(&mut admin, &lane);
-            if matches!(created, Err(AdminError::Failed(_))) {
-                admin.kept.extend(queue.memory());
-            }
-            created.map_err(QueueError::from)?;
-            Ok((queue, lane))
-        });
+        let mut attempts = 0;
+        let attached = match interrupt(id) {
+            Err(error) => Err(error),
+            Ok(interrupt) => loop {
+                attempts += 1;
+                let attached = self.try_attach(&mut admin, id, namespace, slots, interrupt, waker);
+                let fault = match &attached {
+                    Err(QueueError::Admin(AdminError::Failed(fault))) => fault.clone(),
+                    _ => break attached,
+                };
+                if attempts >= MAX_CREATION_FAILURES || self.curable(&fault) == Curable::No {
+                    break attached;
+                }
+                // Cut off by a reset, or the reason for one: once more after it.
+                drop(admin);
+                self.fail(fault);
+                admin = self.lock_running();
+            },
+        };
         if attached.is_err() {
             admin.free_queues.insert(number);
         } else {
@@ -461,6 +481,34 @@ impl Shared {
         sleepers.retain(|sleeper| sleeper.strong_count() > 0);
         sleepers.extend(waker.map(Arc::downgrade));
         attached
+    }
+
+    /// One attempt at [`attach_queue`](Self::attach_queue).
+    fn try_attach(
+        &self,
+        admin: &mut Admin,
+        id: QueueId,
+        namespace: &Namespace,
+        slots: u16,
+        interrupt: QueueInterrupt,
+        waker: Option<&Arc<OwnedFd>>,
+    ) -> Result<(Queue, Arc<Lane>), QueueError> {
+        // Formatted between the caller's look and this lock: what the caller planned is void.
+        let unchanged =
+            |entry: &NamespaceEntry| entry.checked.as_ref().is_ok_and(|now| now.is_like(namespace));
+        if !self.namespaces().iter().any(unchanged) {
+            return Err(QueueError::Option("the namespace changed while the queue was being created"));
+        }
+        let (queue, lane) = self.make_queue(id, slots, interrupt, waker)?;
+        match self.create_on_device(admin, &lane) {
+            Ok(()) => Ok((queue, lane)),
+            Err(error) => {
+                if matches!(error, AdminError::Failed(_)) {
+                    admin.kept.extend(queue.memory());
+                }
+                Err(error.into())
+            }
+        }
     }
 
     fn make_queue(
@@ -541,6 +589,7 @@ impl Shared {
                 admin.free_queues.insert(lane.id.get());
             }
             Err(_) => {
+                admin.stranded.insert(lane.id.get());
                 admin.kept.extend(queue.memory());
                 admin.kept.extend(extra.iter().map(Arc::clone));
             }

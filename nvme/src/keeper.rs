@@ -42,7 +42,7 @@ use crate::transport::Listen;
 
 /// Time that an abort or the deletion of a stuck queue is given before the controller is reset.
 pub const ESCALATION_TIMEOUT: Duration = Duration::from_secs(5);
-/// Resets in a row that one queue may cost because the controller fails when the queue is to be created again.
+/// Times in a row that a controller may fail when one and the same queue is to be created.
 pub const MAX_CREATION_FAILURES: u32 = 3;
 /// Events handled in one turn.
 pub(crate) const EVENTS_A_TURN: usize = 16;

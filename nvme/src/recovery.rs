@@ -73,7 +73,7 @@ impl Shared {
                 return;
             }
         }
-        admin.live.clear();
+        admin.forget_queues();
         if self.desk.is_closing() {
             health.fail(Fault::ShutDown, Curable::No);
         }

@@ -19,7 +19,9 @@ pub(crate) const BLOCK: usize = 4096;
 /// Commands in flight at most; the rings have 5 and 13 entries.
 pub(crate) const DEPTH: u16 = 4;
 /// What a command is given.
-pub(crate) const TIMEOUT: Duration = Duration::from_millis(800);
+const TIMEOUT: Duration = Duration::from_millis(800);
+/// What a command is given with threads: far more than they may be held up on a busy machine.
+const THREADS_TIMEOUT: Duration = Duration::from_secs(4);
 /// How much faster time goes with threads.
 const SPEED: u32 = 10;
 /// Virtual pauses are so much longer than asked for, to get on.
@@ -205,7 +207,7 @@ pub(crate) fn queue_options(world: World) -> QueueOptions {
     QueueOptions {
         depth: DEPTH,
         pool_bytes: 256 << 10,
-        command_timeout: TIMEOUT,
+        command_timeout: if world == World::Threads { THREADS_TIMEOUT } else { TIMEOUT },
         interrupts,
         ..QueueOptions::default()
     }

@@ -16,3 +16,4 @@ mod commands;
 mod registers;
 mod stages;
 mod statuses;
+mod threads;

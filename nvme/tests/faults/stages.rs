@@ -147,3 +147,43 @@ fn a_controller_that_comes_back_as_another_is_not_used() {
         assert!(error.contains(says), "{error}");
     }
 }
+
+/// Whoever makes a queue while the controller fails waits for the reset, as everybody else; but not for ever.
+#[test]
+fn a_queue_that_is_made_while_the_controller_fails_is_made_after_the_reset() {
+    for opcode in [AdminOpcode::CREATE_IO_CQ, AdminOpcode::CREATE_IO_SQ] {
+        for effect in [Effect::Drop, Effect::LoseCompletion, Effect::FatalStatus] {
+            for times in [Times::Once, Times::N(2), Times::Forever] {
+                let mut bench = Bench::new(World::Inline, Means::default());
+                bench.device.faults().add(FaultRule::new(admin(opcode), effect.clone()).times(times));
+                let made = bench.controller.create_queue(&queue_options(World::Inline));
+                assert_eq!(made.is_ok(), times != Times::Forever, "{opcode:?} {effect:?} {times:?}");
+                drop(made);
+                bench.device.faults().clear();
+                let result = bench.read(0, 4096).map(drop);
+                assert_eq!(result, Ok(()), "{opcode:?} {effect:?} {times:?}");
+                let free = bench.controller.create_queue(&queue_options(World::Inline));
+                assert!(free.is_ok(), "the number of the queue is free again");
+                drop(free);
+                let Bench { way, controller, queue, .. } = bench;
+                drop((queue, controller));
+                assert_eq!(way.regions_alive(), 0);
+            }
+        }
+    }
+}
+
+/// Memory of queues that went while the controller had failed comes back with the reset, not with the end.
+#[test]
+fn memory_kept_for_a_failed_controller_is_given_back_after_its_reset() {
+    let mut bench = Bench::new(World::Inline, Means::default());
+    bench.read(0, 4096).unwrap();
+    let before = bench.way.regions_alive();
+    for _ in 0..3 {
+        let other = bench.controller.create_queue(&queue_options(World::Inline)).unwrap();
+        bench.device.faults().add(FaultRule::new(admin(AdminOpcode::DELETE_IO_SQ), Effect::Drop));
+        drop(other);
+        bench.read(0, 4096).unwrap();
+    }
+    assert_eq!((bench.way.regions_alive(), bench.controller.resets()), (before, 3));
+}

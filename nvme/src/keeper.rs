@@ -5,7 +5,7 @@
 //!
 //! | woken by | does |
 //! |---|---|
-//! | the bell: an errand | Abort, Delete or Create by admin command; answers the queue's lane |
+//! | the bell: an errand | Abort, Delete or Create by admin command, or a look at CSTS; answers the queue's lane |
 //! | the bell: a fault | `recovery` |
 //! | the admin queue's interrupt | reads the log page of each event, re-arms |
 //! | the transport's removal event | looks whether the device is still there |
@@ -237,6 +237,7 @@ impl Shared {
                 self.delete_on_device(admin, lane.id, ESCALATION_TIMEOUT).map(|()| Answer::Deleted)
             }
             Errand::Create => self.create_on_device(admin, lane).map(|()| Answer::Created),
+            Errand::Look => self.link.check_status().map(|()| Answer::Alive).map_err(AdminError::Failed),
         };
         match outcome {
             Ok(answer) => {
@@ -255,7 +256,7 @@ impl Shared {
             Err(error @ AdminError::Status { .. }) => {
                 tracing::warn!(device = %self.name, queue = %lane.id, errand = ?ask.errand, %error, "refused");
                 match ask.errand {
-                    Errand::Abort { .. } => lane.reply(Answer::NotAborted),
+                    Errand::Abort { .. } | Errand::Look => lane.reply(Answer::NotAborted),
                     Errand::Delete { command, opcode, timeout } => {
                         self.fail(timeout_fault(&self.link, lane.id, command, opcode, timeout));
                     }

@@ -37,6 +37,8 @@ pub(crate) enum Errand {
     },
     /// Create the queue (again).
     Create,
+    /// Look whether the controller is still there: a command takes suspiciously long.
+    Look,
 }
 
 /// What became of it.
@@ -53,6 +55,8 @@ pub(crate) enum Answer {
     Deleted = 3,
     /// The queue exists.
     Created = 4,
+    /// The controller is there, and reports no fatal error.
+    Alive = 5,
 }
 
 /// One I/O queue, as both sides know it.
@@ -133,6 +137,7 @@ impl Lane {
             2 => Answer::NotAborted,
             3 => Answer::Deleted,
             4 => Answer::Created,
+            5 => Answer::Alive,
             _ => Answer::Pending,
         }
     }

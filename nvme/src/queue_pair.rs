@@ -194,6 +194,8 @@ pub struct QueuePair {
     /// The controller's pulse while commands may go out; [`Pulse::NONE`] otherwise.
     pulse: Pulse,
     aborting: Option<Aborting>,
+    /// The keeper was asked to look at the controller.
+    looking: bool,
     /// The slots were emptied after the controller stopped.
     settled: bool,
     lane: Arc<Lane>,
@@ -285,6 +287,7 @@ impl QueuePair {
             // If the controller has been reset since the queue was attached, the first look takes care of it.
             pulse: lane.born,
             aborting: None,
+            looking: false,
             settled: false,
             lane,
             namespace: namespace.clone(),

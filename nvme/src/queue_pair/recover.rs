@@ -79,7 +79,7 @@ impl QueuePair {
     fn pause(&mut self) {
         self.stage = Stage::Paused;
         self.pulse = Pulse::NONE;
-        self.aborting = None;
+        (self.aborting, self.looking) = (None, false);
     }
 
     /// One poll round while the queue is not running as it was.
@@ -160,7 +160,7 @@ impl QueuePair {
         self.queue.restart();
         // Sequence numbers begin again: what was seen under the old ones is no measure for the new.
         self.watchdog.forget();
-        self.aborting = None;
+        (self.aborting, self.looking) = (None, false);
         for index in 0..self.ops.capacity() as u16 {
             self.repeat_after_reset(index);
         }
@@ -293,12 +293,18 @@ impl QueuePair {
             return;
         }
         self.aborting = None;
-        let mut overdue = None;
+        if self.looking && self.lane.answer() == Answer::Pending {
+            return;
+        }
+        self.looking = false;
+        let (mut overdue, mut slow) = (None, false);
         for (cid, command) in self.queue.slots().commands() {
             let seen = &mut self.watchdog.seen[usize::from(command.slot)];
             match seen.since {
                 Some(since) if seen.sequence == command.sequence => {
-                    if now.duration_since(since) >= self.watchdog.timeout {
+                    let age = now.duration_since(since);
+                    slow |= age >= self.watchdog.interval;
+                    if age >= self.watchdog.timeout {
                         overdue = Some((cid, command));
                     }
                 }
@@ -307,6 +313,10 @@ impl QueuePair {
         }
         if let Some((command, found)) = overdue {
             self.overdue(command, found.owner, now);
+        } else if slow {
+            // A removed or failed controller is not waited for until the timeout.
+            self.looking = true;
+            self.ask(Errand::Look, self.pulse);
         }
     }
 

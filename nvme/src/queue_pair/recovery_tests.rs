@@ -468,3 +468,31 @@ fn a_flush_and_a_durable_write_are_repeated_too() {
     assert_eq!(bench.poll().len(), 3);
     bench.assert_idle();
 }
+
+#[test]
+fn removal_and_fatal_status_are_noticed_long_before_the_timeout() {
+    for removed in [true, false] {
+        let mut bench = Bench::new(Script { function_resets: 1, ..Script::default() });
+        bench.read(1, 1);
+        bench.fake.script().removed = removed;
+        bench.fake.script().fatal = !removed;
+        let done = bench.poll_for(Duration::from_secs(6), |fake| {
+            if count(fake, AdminOpcode::CREATE_IO_SQ) == 2 {
+                complete_all(fake);
+            }
+        });
+        assert_eq!(done.len(), 1, "the command is given 30 s");
+        assert_eq!(done[0].result.is_err(), removed);
+        assert_eq!(bench.controller().resets(), u32::from(!removed));
+    }
+}
+
+#[test]
+fn a_slow_command_of_a_healthy_controller_is_left_alone() {
+    let mut bench = Bench::new(Script::default());
+    bench.read(1, 1);
+    assert!(bench.poll_for(Duration::from_secs(25), |_| ()).is_empty());
+    assert_eq!((count(&bench.fake, AdminOpcode::ABORT), bench.controller().resets()), (0, 0));
+    bench.fake.complete_all(1);
+    assert_eq!(bench.poll()[0].result, Ok(()));
+}

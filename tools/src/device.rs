@@ -66,8 +66,21 @@ impl Device {
         config: ReactorConfig,
         queue: QueueOptions,
     ) -> Result<Self, Failure> {
-        let name = spec.to_string();
-        let controller = open(spec)?;
+        Self::over(open(spec)?, &spec.to_string(), cores, config, queue)
+    }
+
+    /// Starts a reactor on each of `cores` over a controller that is up, and called `name` in messages.
+    ///
+    /// # Errors
+    /// It has too few queues.
+    pub fn over(
+        controller: Arc<Controller>,
+        name: &str,
+        cores: &[usize],
+        config: ReactorConfig,
+        queue: QueueOptions,
+    ) -> Result<Self, Failure> {
+        let name = name.to_owned();
         let queues = QueueFigures::default();
         let options = Options {
             cores: cores.iter().copied().map(CoreId::new).collect(),

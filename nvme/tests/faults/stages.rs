@@ -187,3 +187,26 @@ fn memory_kept_for_a_failed_controller_is_given_back_after_its_reset() {
     }
     assert_eq!((bench.way.regions_alive(), bench.controller.resets()), (before, 3));
 }
+
+/// A command that completes at whatever stage of its abort, of the deletion of its queue, or of a reset.
+#[test]
+fn a_completion_may_race_with_every_stage() {
+    let mut cases = 0;
+    let lost = |opcode| vec![FaultRule::new(admin(opcode), Effect::Drop)];
+    let besides = [Vec::new(), lost(AdminOpcode::ABORT), lost(AdminOpcode::DELETE_IO_SQ)];
+    for late_ms in (600..1600).step_by(25) {
+        for rules in &besides {
+            for command in IO_COMMANDS {
+                for world in [World::Inline, World::Stepped] {
+                    let late = Effect::Delay(std::time::Duration::from_millis(late_ms));
+                    let mut row = Row::new(late, Expect::Recovers, Expect::Recovers);
+                    row.besides.clone_from(rules);
+                    let (load, moment, during) = (Load::FullQueue, Moment::Running, AdminOpcode::IDENTIFY);
+                    run(&row, Place { world, command, load, moment, during });
+                    cases += 1;
+                }
+            }
+        }
+    }
+    println!("races: {cases} cases");
+}

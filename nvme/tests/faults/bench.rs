@@ -10,7 +10,9 @@ use std::time::Duration;
 use nvme::transport::embedded::EmbeddedTransport;
 use nvme::transport::{Listen, SystemTiming, Timing, Transport, TransportError};
 use nvme::{BringUpError, Controller, ControllerOptions, Interrupts, Keeper, QueueOptions, QueuePair};
-use nvme_emulator::{ControllerConfig, EmulatedController, Mode, NamespaceConfig, ThreadOptions};
+use nvme_emulator::{
+    ControllerConfig, EmulatedController, Mode, NamespaceConfig, ShadowDoorbells, ThreadOptions,
+};
 use reactor::block::BlockDevice;
 use reactor::clock::Instant;
 use reactor::dma::DmaRegion;
@@ -34,6 +36,8 @@ pub(crate) enum World {
     Inline,
     /// One thread, virtual time; commands run while somebody waits.
     Stepped,
+    /// As `Stepped`, with the doorbells in memory.
+    Shadowed,
     /// A thread for the controller, one for the keeper, and ours; real time, faster.
     Threads,
 }
@@ -60,7 +64,7 @@ impl Clock {
         self.now_ns.fetch_add(duration.as_nanos() as u64, Ordering::Relaxed);
         if let Some(device) = self.device.get().and_then(Weak::upgrade) {
             device.advance(duration);
-            if self.world == World::Stepped {
+            if self.world != World::Inline {
                 while device.step() > 0 {}
             }
         }
@@ -181,13 +185,22 @@ impl Transport for Way {
 pub(crate) fn device(world: World) -> Arc<EmulatedController> {
     let mode = match world {
         World::Inline => Mode::Inline,
-        World::Stepped => Mode::Stepped,
+        World::Stepped | World::Shadowed => Mode::Stepped,
         World::Threads => Mode::Threaded(ThreadOptions::default()),
     };
     let namespace = NamespaceConfig::memory(4 << 20).with_lba_size(BLOCK as u32);
-    // The shortest time to become ready; and a queue or two.
-    let config =
-        ControllerConfig { mode, to: 1, io_queues: 4, ..ControllerConfig::with_namespace(namespace) };
+    let shadow_doorbells = match world {
+        World::Shadowed => ShadowDoorbells::Offered,
+        _ => ShadowDoorbells::Absent,
+    };
+    let config = ControllerConfig {
+        mode,
+        shadow_doorbells,
+        // The shortest time to become ready; and a queue or two.
+        to: 1,
+        io_queues: 4,
+        ..ControllerConfig::with_namespace(namespace)
+    };
     EmulatedController::new(config).unwrap()
 }
 

@@ -632,6 +632,11 @@ impl Bench {
 
 /// A row at every command, load and moment. Returns the number of cases.
 pub(crate) fn everywhere(row: &Row, commands: &[Command]) -> usize {
+    everywhere_in(&[World::Inline, World::Stepped], row, commands)
+}
+
+/// The same in certain worlds.
+pub(crate) fn everywhere_in(worlds: &[World], row: &Row, commands: &[Command]) -> usize {
     let mut cases = 0;
     for &command in commands {
         for load in LOADS {
@@ -641,7 +646,7 @@ pub(crate) fn everywhere(row: &Row, commands: &[Command]) -> usize {
                     _ => &[AdminOpcode::IDENTIFY],
                 };
                 for &during in duringes {
-                    for world in [World::Inline, World::Stepped] {
+                    for &world in worlds {
                         run(row, Place { world, command, load, moment, during });
                         cases += 1;
                     }

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use nvme_emulator::{CidFault, Effect, HeldAbort, Times};
 
-use crate::case::{COMMANDS, End, Error, Expect, IO_COMMANDS, Row, everywhere};
+use crate::bench::World;
+use crate::case::{COMMANDS, End, Error, Expect, IO_COMMANDS, Row, everywhere, everywhere_in};
 
 use Expect::{Ends, Fails, Garbled, Recovers, Unnoticed};
 
@@ -159,4 +160,20 @@ fn writes_that_lie_go_unnoticed() {
             Row::new(Effect::LyingFlush, Unnoticed, Unnoticed),
         ],
     );
+}
+
+/// A reset takes the doorbells in memory away: they are offered again, and begin anew.
+#[test]
+fn doorbells_in_memory_survive_what_registers_do() {
+    let rows = [
+        Row::new(Effect::Drop, Recovers, Fails(Error::Reset)),
+        Row::new(Effect::StalePhase, Recovers, Fails(Error::Reset)),
+        Row::new(Effect::FatalStatus, Recovers, Fails(Error::Reset)),
+        Row::new(Effect::Hold { abort: HeldAbort::Ignored }, Recovers, Fails(Error::Reset)),
+        Row::new(Effect::Duplicate, Ends(End::Protocol), Ends(End::Protocol)),
+        Row::new(Effect::Remove, Ends(End::Removed), Ends(End::Removed)),
+    ];
+    let worlds = [World::Shadowed];
+    let cases: usize = rows.iter().map(|row| everywhere_in(&worlds, row, &COMMANDS)).sum();
+    println!("shadow doorbells: {cases} cases");
 }

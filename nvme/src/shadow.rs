@@ -70,10 +70,13 @@ impl ShadowDoorbells {
             offset: (doorbell_offset(shape.dstrd, shape.id, which) - DOORBELL_BASE) as usize,
             last: 0,
         };
-        Self {
+        let mut doorbells = Self {
             submission: doorbell(Doorbell::SubmissionTail),
             completion: doorbell(Doorbell::CompletionHead),
-        }
+        };
+        // An earlier queue of this number left its last values here.
+        doorbells.restart();
+        doorbells
     }
 
     /// As after the controller's reset: both values 0.
@@ -120,6 +123,9 @@ fn event_passed(event: u32, last: u32, value: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transport::fake::{Fake, Script};
+    use nvme_spec::QueueId;
+    use nvme_spec::registers::Cap;
 
     #[test]
     fn a_controller_is_told_exactly_when_its_event_index_is_passed() {
@@ -128,6 +134,22 @@ mod tests {
         assert!(event_passed(5, 5, 6));
         assert!(event_passed(5, 0, 9));
         assert!(!event_passed(5, 6, 9));
+    }
+
+    /// Found by fuzzing: a queue with the number of one that was deleted began with its tail and its event index. The controller
+    /// would have fetched entries that nobody had written, and the driver have kept the first doorbell to itself.
+    #[test]
+    fn a_queue_begins_at_zero_where_another_of_its_number_was() {
+        let fake = Fake::new(Script::default());
+        let memory = ShadowMemory::new(&*fake, 4096).unwrap();
+        let shape = QueueShape::for_depth(QueueId::new(1), 7, 64, Cap::new());
+        let mut first = ShadowDoorbells::new(&memory, shape);
+        assert!(first.submission.publish(3));
+        store(&memory.events, first.submission.offset, 3);
+        let mut second = ShadowDoorbells::new(&memory, shape);
+        let tail: u32 = memory.values.slice().load(second.submission.offset, Ordering::Relaxed).unwrap();
+        assert_eq!(tail, 0);
+        assert!(second.submission.publish(1));
     }
 
     #[test]

@@ -24,6 +24,7 @@ const ALLOWED: &[(&str, May)] = &[
     ("nvme-emulator", May::Only(&["reactor", "nvme-spec", "vfio-user-protocol"])),
     ("nvme", May::Only(&["reactor", "nvme-spec", "vfio-user-protocol", "nvme-emulator"])),
     ("fs-core", May::Only(&["reactor"])),
+    ("pollux-fuzz", May::Only(&["reactor", "nvme", "nvme-spec", "vfio-user-protocol", "fs-core"])),
     ("pollux-tools", May::All),
     ("hw-tests", May::All),
     ("xtask", May::Only(&[])),

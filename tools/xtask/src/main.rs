@@ -11,6 +11,7 @@
 mod check;
 mod conventions;
 mod direction;
+mod fuzz;
 mod packages;
 mod steps;
 mod test;
@@ -37,6 +38,8 @@ enum Task {
     Check,
     /// Unit, property and documentation tests, then the tiers that mount
     Test(test::TestOptions),
+    /// Run a fuzz target for a time, or one saved input
+    Fuzz(fuzz::FuzzOptions),
     /// check, then test: what CI runs
     Ci(test::TestOptions),
 }
@@ -57,6 +60,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<Steps> {
     match &arguments.task {
         Task::Check => check::run(&mut steps),
         Task::Test(options) => test::run(&mut steps, options),
+        Task::Fuzz(options) => fuzz::run(&mut steps, options),
         Task::Ci(options) => {
             check::run(&mut steps);
             test::run(&mut steps, options);

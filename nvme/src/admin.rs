@@ -161,7 +161,7 @@ impl AdminQueue {
                 Err(error) => break Err(Fault::Protocol { queue: QueueId::ADMIN, error }),
             }
         };
-        self.queue.ring_completions();
+        self.queue.ring_all_completions();
         outcome
     }
 

@@ -33,7 +33,7 @@ use zerocopy::IntoBytes;
 use crate::admin::{ADMIN_TIMEOUT, AdminError, AdminQueue};
 use crate::bring_up::{self, BringUpError};
 use crate::event::{ControllerEvent, EventLog};
-use crate::fault::{Curable, Fault, Health, Life};
+use crate::fault::{Curable, Fault, Health, Life, Pulse};
 use crate::handshake::{HandshakeError, Link, shutdown_timeout};
 use crate::identity::{ControllerInfo, Namespace, NamespaceEntry, NamespaceProblem};
 use crate::keeper::{self, Desk, MAX_CREATION_FAILURES};
@@ -384,11 +384,11 @@ impl Shared {
     ) -> Result<T, AdminError> {
         let mut admin = self.lock_running();
         let outcome = send(&mut admin.queue, &self.link);
-        drop(admin);
         self.report(outcome)
     }
 
-    /// Passes an admin command's outcome on, and the fault in it to the controller's health.
+    /// Passes an admin command's outcome on, and the fault in it to the controller's health: like [`Self::fail`], under the
+    /// admin queue's lock.
     pub(crate) fn report<T>(&self, outcome: Result<T, AdminError>) -> Result<T, AdminError> {
         if let Err(AdminError::Failed(fault)) = &outcome {
             self.fail(fault.clone());
@@ -403,11 +403,22 @@ impl Shared {
         }
     }
 
-    /// Keeps the fault, and wakes every queue and the keeper.
+    /// Keeps the fault, and wakes every queue and the keeper. A fault that a reset cures is reported under the admin queue's
+    /// lock, or by [`Self::fail_since`]: it must not bring down a controller that was reset for it already.
     pub(crate) fn fail(&self, fault: Fault) {
         let curable = self.curable(&fault);
+        self.failed(fault, curable, |fault| self.link.health.fail(fault, curable));
+    }
+
+    /// [`Self::fail`], unless the controller's pulse has changed since it was `pulse`.
+    pub(crate) fn fail_since(&self, pulse: Pulse, fault: Fault) {
+        let curable = self.curable(&fault);
+        self.failed(fault, curable, |fault| self.link.health.fail_since(pulse, fault, curable));
+    }
+
+    fn failed(&self, fault: Fault, curable: Curable, keep: impl FnOnce(Fault) -> bool) {
         let text = fault.to_string();
-        if self.link.health.fail(fault, curable) {
+        if keep(fault) {
             if curable == Curable::Yes {
                 tracing::warn!(device = %self.name, fault = %text, "controller will be reset");
             } else {
@@ -463,8 +474,8 @@ impl Shared {
                     break attached;
                 }
                 // Cut off by a reset, or the reason for one: once more after it.
-                drop(admin);
                 self.fail(fault);
+                drop(admin);
                 admin = self.lock_running();
             },
         };
@@ -473,10 +484,10 @@ impl Shared {
         } else {
             admin.users.insert(number, namespace.nsid);
         }
-        drop(admin);
         if let Err(QueueError::Admin(AdminError::Failed(fault))) = &attached {
             self.fail(fault.clone());
         }
+        drop(admin);
         let mut sleepers = self.sleepers.lock().unwrap_or_else(PoisonError::into_inner);
         sleepers.retain(|sleeper| sleeper.strong_count() > 0);
         sleepers.extend(waker.map(Arc::downgrade));
@@ -594,7 +605,6 @@ impl Shared {
                 admin.kept.extend(extra.iter().map(Arc::clone));
             }
         }
-        drop(admin);
         self.report(deleted)
     }
 }

@@ -94,10 +94,12 @@ pub enum Fault {
         nsid: u32,
     },
     /// After a reset, a queue was refused that there was before.
-    #[error("queue {queue} cannot be created again")]
+    #[error("queue {queue} cannot be created again: {reason}")]
     CannotCreate {
         /// Queue pair.
         queue: QueueId,
+        /// The command and the controller's answer.
+        reason: String,
     },
     /// A queue that was half created cannot be deleted.
     #[error("queue {queue} can neither be used nor deleted")]
@@ -235,6 +237,23 @@ impl Health {
         stops || ends
     }
 
+    /// [`Self::fail`] if the pulse is still `pulse`, that of a running controller: whoever finds a fault without holding back
+    /// a reset may find one that was dealt with in the meantime.
+    pub(crate) fn fail_since(&self, pulse: Pulse, fault: Fault, curable: Curable) -> bool {
+        let mut cause = self.cause.lock().unwrap_or_else(PoisonError::into_inner);
+        // A running controller stops under the lock only.
+        if self.pulse() != pulse || pulse.life() != Life::Running {
+            return false;
+        }
+        if curable == Curable::No {
+            // The first final fault is kept.
+            let _ = self.last.set(fault.clone());
+        }
+        *cause = Some(fault);
+        self.apply(LifeEvent::Fault);
+        true
+    }
+
     pub(crate) fn apply(&self, event: LifeEvent) {
         let next = |pulse: u32| {
             let life = Life::from_bits(pulse);
@@ -305,6 +324,19 @@ mod tests {
         assert_eq!(health.life(), Life::Running);
         assert_ne!(health.pulse(), before);
         assert_ne!(health.pulse(), Pulse::NONE);
+    }
+
+    #[test]
+    fn a_fault_that_was_dealt_with_does_not_stop_the_controller_again() {
+        let health = Health::new();
+        let before = health.pulse();
+        assert!(health.fail_since(before, Fault::FatalStatus { csts: 3 }, Curable::Yes));
+        assert!(!health.fail_since(before, Fault::FatalStatus { csts: 3 }, Curable::Yes));
+        health.apply(LifeEvent::Reset);
+        assert!(!health.fail_since(health.pulse(), Fault::FatalStatus { csts: 3 }, Curable::Yes));
+        health.apply(LifeEvent::Revived);
+        assert!(!health.fail_since(before, Fault::FatalStatus { csts: 3 }, Curable::Yes));
+        assert_eq!(health.life(), Life::Running);
     }
 
     #[test]

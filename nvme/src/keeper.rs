@@ -251,7 +251,8 @@ impl Shared {
                 // Reset after reset would not help: there must be an end for those who wait.
                 let hopeless = ask.errand == Errand::Create
                     && lane.note_creation(Creation::Failed) >= MAX_CREATION_FAILURES;
-                self.fail(if hopeless { Fault::CannotCreate { queue: lane.id } } else { fault });
+                let reason = fault.to_string();
+                self.fail(if hopeless { Fault::CannotCreate { queue: lane.id, reason } } else { fault });
             }
             Err(error @ AdminError::Status { .. }) => {
                 tracing::warn!(device = %self.name, queue = %lane.id, errand = ?ask.errand, %error, "refused");
@@ -260,7 +261,9 @@ impl Shared {
                     Errand::Delete { command, opcode, timeout } => {
                         self.fail(timeout_fault(&self.link, lane.id, command, opcode, timeout));
                     }
-                    Errand::Create => self.fail(Fault::CannotCreate { queue: lane.id }),
+                    Errand::Create => {
+                        self.fail(Fault::CannotCreate { queue: lane.id, reason: error.to_string() })
+                    }
                 }
             }
         }

@@ -4,8 +4,8 @@
 //!
 //! Invariants:
 //! - at most `slots` commands are in flight, fewer than the submission queue's entries;
-//! - the completion queue has more entries than commands can be in flight, so the device can never overrun it, though
-//!   its head is rung once a poll round;
+//! - the completion queue has room for every command in flight and for the completions that the device was not told of, so it
+//!   is never full for the device, though its head is rung late;
 //! - a completion is copied once and checked before it is believed: queue, head, identifier, generation.
 //!
 //! *Memory ordering*: the dword with the phase tag is loaded with acquire before the rest of the entry. Entries of the
@@ -28,8 +28,8 @@ use crate::shadow::{ShadowDoorbells, ShadowMemory};
 use crate::slots::{BadCid, Command, CommandSlots};
 use crate::transport::{Transport, TransportError, aligned};
 
-/// Completion queue entries beyond the submission queue's: the device may run ahead of a head that is rung late.
-pub(crate) const CQ_SLACK: u32 = 8;
+/// Fewest completion queue entries beyond the submission queue's, if the controller allows them: see [`Queue::ring_completions`].
+pub(crate) const MIN_SLACK: u32 = 32;
 
 /// How a controller broke the queue protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -87,7 +87,8 @@ impl QueueShape {
     pub(crate) fn for_depth(id: QueueId, slots: u16, max_entries: u32, cap: Cap) -> Self {
         let slots = u32::from(slots).min(max_entries.saturating_sub(1)).max(1) as u16;
         let sq_entries = u32::from(slots) + 1;
-        let cq_entries = (sq_entries + CQ_SLACK).min(max_entries.max(sq_entries));
+        let slack = (sq_entries / 2).max(MIN_SLACK);
+        let cq_entries = (sq_entries + slack).min(max_entries.max(sq_entries));
         Self { id, slots, sq_entries, cq_entries, dstrd: cap.dstrd(), page_bytes: 4096 << cap.mpsmin() }
     }
 }
@@ -111,6 +112,8 @@ pub(crate) struct Queue {
     sq_doorbell: u64,
     cq_doorbell: u64,
     slots: CommandSlots,
+    /// Completions that need not be told of at once.
+    slack: u32,
     shadow: Option<ShadowDoorbells>,
     /// Doorbell writes, for the counters.
     doorbells: u64,
@@ -136,6 +139,7 @@ impl Queue {
             sq_doorbell: doorbell_offset(shape.dstrd, shape.id, Doorbell::SubmissionTail),
             cq_doorbell: doorbell_offset(shape.dstrd, shape.id, Doorbell::CompletionHead),
             slots: CommandSlots::new(shape.slots),
+            slack: shape.cq_entries - shape.sq_entries,
             shadow: shadow.map(|memory| ShadowDoorbells::new(memory, shape)),
             transport,
             doorbells: 0,
@@ -262,10 +266,23 @@ impl Queue {
         Ok(Some(Reaped { command, status: entry.status(), dw0: entry.dw0.get() }))
     }
 
-    /// Tells the device how far completions were taken: once a poll round.
+    /// Tells the device how far completions were taken, if it has to know: at most once a poll round, and on a queue with slack
+    /// much more rarely. The device sees as many entries taken as there are commands in flight, and those that it was not told
+    /// of; as long as both fit the completion queue, it never has to wait. Telling it takes a register write, in the cache line
+    /// that it reads the submission queue's tail from where doorbells are memory.
     #[inline]
     pub(crate) fn ring_completions(&mut self) {
-        if let Some(head) = self.cq.ring() {
+        self.ring_completions_beyond(self.slack);
+    }
+
+    /// Tells the device how far completions were taken: before the owner sleeps.
+    pub(crate) fn ring_all_completions(&mut self) {
+        self.ring_completions_beyond(0);
+    }
+
+    #[inline]
+    fn ring_completions_beyond(&mut self, slack: u32) {
+        if let Some(head) = self.cq.ring_beyond(slack) {
             // Release: entries were read before the device may overwrite them.
             fence(Ordering::Release);
             if self.shadow.as_mut().is_none_or(|shadow| shadow.completion.publish(head)) {
@@ -303,7 +320,7 @@ mod tests {
     #[test]
     fn shapes_respect_the_controllers_limit() {
         let shape = QueueShape::for_depth(QueueId::new(1), 128, 1024, Cap::new());
-        assert_eq!((shape.slots, shape.sq_entries, shape.cq_entries), (128, 129, 137));
+        assert_eq!((shape.slots, shape.sq_entries, shape.cq_entries), (128, 129, 193));
         let tiny = QueueShape::for_depth(QueueId::new(1), 128, 2, Cap::new());
         assert_eq!((tiny.slots, tiny.sq_entries, tiny.cq_entries), (1, 2, 2));
     }

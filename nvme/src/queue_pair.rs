@@ -717,6 +717,7 @@ impl BlockDevice for QueuePair {
     }
 
     fn arm_interrupt(&mut self) -> bool {
+        self.queue.ring_all_completions();
         self.publish_counts();
         if self.requests_in_flight() > 0 {
             self.watch();

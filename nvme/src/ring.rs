@@ -101,14 +101,15 @@ pub(crate) struct CompletionRing {
     entries: u32,
     head: u32,
     phase: bool,
-    unrung: bool,
+    /// Entries stepped over that the device was not told of.
+    unrung: u32,
 }
 
 impl CompletionRing {
     /// A ring over zeroed memory: the first pass has phase 1.
     pub(crate) fn new(entries: u32) -> Self {
         assert!((MIN_ENTRIES..=MAX_ENTRIES).contains(&entries), "queue of {entries} entries");
-        Self { entries, head: 0, phase: true, unrung: false }
+        Self { entries, head: 0, phase: true, unrung: 0 }
     }
 
     /// Entries that the ring was made with.
@@ -131,7 +132,7 @@ impl CompletionRing {
     /// Steps over the entry at the head.
     #[inline]
     pub(crate) fn advance(&mut self) {
-        self.unrung = true;
+        self.unrung += 1;
         self.head += 1;
         if self.head == self.entries {
             self.head = 0;
@@ -139,10 +140,14 @@ impl CompletionRing {
         }
     }
 
-    /// The head to write to the doorbell, if the device was not told of it yet.
+    /// The head to write to the doorbell, if more than `slack` entries were stepped over that the device was not told of.
     #[inline]
-    pub(crate) fn ring(&mut self) -> Option<u32> {
-        std::mem::take(&mut self.unrung).then_some(self.head)
+    pub(crate) fn ring_beyond(&mut self, slack: u32) -> Option<u32> {
+        if self.unrung <= slack {
+            return None;
+        }
+        self.unrung = 0;
+        Some(self.head)
     }
 }
 
@@ -162,8 +167,8 @@ mod tests {
             })
             .collect();
         assert_eq!(seen, [(0, true), (1, true), (2, true), (0, false), (1, false), (2, false), (0, true)]);
-        assert_eq!(ring.ring(), Some(1));
-        assert_eq!(ring.ring(), None);
+        assert_eq!(ring.ring_beyond(0), Some(1));
+        assert_eq!(ring.ring_beyond(0), None);
     }
 
     #[test]

@@ -567,7 +567,6 @@ impl Controller {
             Err(AdminError::Failed(_)) => Ok(()),
             _ => shared.rescan(&mut admin),
         };
-        drop(admin);
         shared.report(outcome)?;
         rescanned.map_err(|problem| {
             let text = problem.to_string();

@@ -326,7 +326,7 @@ impl QueuePair {
             && csts.cfs()
         {
             // The controller's fault, not the command's: it does not count against the request.
-            self.shared.fail(Fault::FatalStatus { csts: csts.into() });
+            self.shared.fail_since(self.pulse, Fault::FatalStatus { csts: csts.into() });
             return;
         }
         let op = self.ops.get(owner);

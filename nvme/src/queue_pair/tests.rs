@@ -89,7 +89,7 @@ fn lba_and_blocks(command: &nvme_spec::SubmissionEntry) -> (u64, u64) {
 }
 
 #[test]
-fn one_doorbell_for_each_batch_and_each_poll_round() {
+fn one_doorbell_for_each_batch_and_few_for_completions() {
     let mut bench = Bench::small();
     for tag in 0..5 {
         bench.read(tag, tag * 10, BLOCK);
@@ -102,12 +102,48 @@ fn one_doorbell_for_each_batch_and_each_poll_round() {
     let done = bench.poll();
     assert_eq!(done.iter().map(|done| done.tag.0).collect::<Vec<_>>(), [0, 1, 2, 3, 4]);
     assert!(done.iter().all(|done| done.result == Ok(()) && done.buffer.is_some()));
-    assert_eq!(bench.fake.doorbells(1)[1..], [(Doorbell::CompletionHead, 5)]);
+    drop(done);
+    assert_eq!(bench.fake.doorbells(1).len(), 1, "there is room for more completions than for commands");
+    assert!(!bench.queue.arm_interrupt());
+    assert_eq!(bench.fake.doorbells(1)[1..], [(Doorbell::CompletionHead, 5)], "told before sleeping");
     assert!(bench.poll().is_empty());
+    assert!(!bench.queue.arm_interrupt());
     assert_eq!(bench.fake.doorbells(1).len(), 2, "an empty round rings nothing");
     let counts = bench.queue.counters().read();
     assert_eq!((counts.requests, counts.completed, counts.errors, counts.commands), (5, 5, 0, 5));
     assert_eq!((counts.bytes_read, counts.doorbells), (5 * 4096, 2));
+}
+
+#[test]
+fn the_device_always_has_room_for_every_completion_that_may_come() {
+    for (depth, mqes_z) in [(8, 63), (8, 8), (8, 9), (63, 63), (40, 63), (1, 1)] {
+        let mut script = Script::default();
+        script.cap.set_mqes_z(mqes_z);
+        let mut bench = Bench::new(script, &options(depth));
+        let entries = u64::from(bench.fake.cq_entries(1));
+        let (mut taken, mut told) = (0u64, 0u64);
+        for round in 0..200u64 {
+            let count = round % u64::from(depth) + 1;
+            for tag in 0..count {
+                bench.read(tag, tag, BLOCK);
+            }
+            bench.queue.ring();
+            let rung =
+                bench.fake.doorbells(1).into_iter().rev().find(|bell| bell.0 == Doorbell::CompletionHead);
+            if let Some((_, head)) = rung {
+                // The latest place before `taken` that has this index.
+                told = taken - (taken + entries - u64::from(head)) % entries;
+            }
+            let full = taken - told + bench.queue.in_flight() as u64;
+            assert!(
+                full < entries || mqes_z + 1 == bench.queue.geometry().queue_depth + 1,
+                "{depth} {mqes_z}: {full}"
+            );
+            bench.fake.complete_all(1);
+            taken += bench.poll().len() as u64;
+        }
+        assert_eq!(taken, (0..200).map(|round| round % u64::from(depth) + 1).sum::<u64>());
+    }
 }
 
 #[test]

@@ -199,6 +199,10 @@ impl Fake {
         self.state().queues.contains_key(&queue)
     }
 
+    pub(crate) fn cq_entries(&self, queue: u16) -> u32 {
+        self.state().queues[&queue].cq_entries
+    }
+
     pub(crate) fn regions_alive(&self) -> usize {
         self.state().regions.iter().filter(|(.., region)| region.strong_count() > 0).count()
     }

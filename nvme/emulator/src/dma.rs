@@ -22,6 +22,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use nvme_sigbus::Watch;
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
 pub use attach::{AttachedRegion, DmaAccess};
@@ -152,6 +153,8 @@ impl fmt::Display for DmaFault {
 #[derive(Debug)]
 struct Region {
     iova: u64,
+    /// Pages of somebody else's file may vanish. Dropped before the mapping.
+    _watch: Option<Watch>,
     pages: Arc<MmapRegion>,
     access: DmaAccess,
 }
@@ -268,7 +271,8 @@ impl DmaSpace {
             return Err(DmaError::TooManyRegions);
         }
         let iova = mappings.reserve(bytes)?;
-        let region = Arc::new(Region { iova, pages: Arc::new(pages), access: DmaAccess::ReadWrite });
+        let region =
+            Arc::new(Region { iova, _watch: None, pages: Arc::new(pages), access: DmaAccess::ReadWrite });
         mappings.insert(Arc::clone(&region));
         self.shared.generation.fetch_add(1, Ordering::Release);
         Ok(Arc::new(MappedRegion { space: self.clone(), region }))

@@ -12,6 +12,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 use crate::locks::lock;
 
 /// The vector itself is masked.
@@ -81,6 +83,11 @@ impl Vector {
         let guard = lock(&self.eventfd);
         let Some(eventfd) = guard.as_ref() else { return };
         self.sent.fetch_add(1, Ordering::Relaxed);
+        // Its owner may have made it blocking again: one that has no room is not written to.
+        let mut room = [PollFd::new(eventfd.as_fd(), PollFlags::POLLOUT)];
+        if poll(&mut room, PollTimeout::ZERO) == Ok(0) {
+            return;
+        }
         // A full counter (EAGAIN) means that the host has not read the earlier messages: it is told already.
         if let Err(errno) = nix::unistd::write(eventfd.as_fd(), &1u64.to_ne_bytes())
             && errno != nix::errno::Errno::EAGAIN
@@ -97,6 +104,17 @@ mod tests {
 
     fn read(eventfd: &EventFd) -> Option<u64> {
         eventfd.read().ok()
+    }
+
+    /// A client that made its eventfd blocking again, and filled it, held the controller up for ever.
+    #[test]
+    fn a_full_eventfd_that_blocks_holds_nobody_up() {
+        let eventfd = EventFd::from_flags(EfdFlags::empty()).unwrap();
+        eventfd.write(u64::MAX - 1).unwrap();
+        let vector = Vector::default();
+        vector.connect(Some(eventfd.as_fd().try_clone_to_owned().unwrap()));
+        vector.raise();
+        assert_eq!(read(&eventfd), Some(u64::MAX - 1));
     }
 
     #[test]

@@ -47,8 +47,8 @@ const QUIET_POLL: Duration = Duration::from_micros(200);
 
 /// Which memory of clients is mapped.
 ///
-/// A file that shrinks, or whose pages cannot be had, ends the process that touches its mapping with SIGBUS. A sealed
-/// memfd cannot shrink.
+/// A file that shrinks, or whose pages cannot be had, raises SIGBUS in who touches its mapping. That is caught: what vanished
+/// reads as ones. A sealed memfd cannot shrink.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ClientMemory {
     /// Any that comes; what can be sealed is sealed. For clients that are trusted that far.

@@ -25,7 +25,6 @@ mod dma;
 mod info;
 mod interrupts;
 mod iova;
-pub(super) mod sigbus;
 mod sys;
 
 use std::ffi::CString;

@@ -22,7 +22,7 @@ use crate::signals::Signals;
 One client at a time; the next has its turn when the last one leaves. Between two clients the controller is reset;
 what they wrote stays. SIGINT (Ctrl-C) or SIGTERM removes the socket.
 
-Clients share memory with this process. One that shrinks what it shared ends the server; --sealed refuses memory that
+Clients share memory with this process. One that shrinks what it shared loses its data; --sealed refuses memory that
 could shrink (and huge pages), which some clients cannot do without.
 
 Example:

@@ -6,14 +6,14 @@
 //! that spans two is refused as any other that leaves its region. What an attached region does not grant is refused
 //! like memory that is not there.
 //!
-//! Excludes: keeping the file long enough. A file that shrinks under its mapping raises SIGBUS at the next access, so
-//! a server that does not trust its clients seals their files first.
+//! A file that shrinks under its mapping does no harm: what vanished reads as ones, and writes to it are lost (`nvme-sigbus`).
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use nvme_sigbus::Watch;
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::{DmaDirection, DmaError, DmaSpace, MAP_ALIGN, MAX_REGIONS, Region};
@@ -104,6 +104,11 @@ impl DmaSpace {
         }
         let end = iova.checked_add(bytes as u64).ok_or(DmaError::Wraps { iova, bytes })?;
         let pages = map_file(fd, offset, bytes, access)?;
+        let watch = Watch::new(pages.as_ptr() as usize, bytes).map_err(|error| DmaError::File {
+            bytes,
+            offset,
+            detail: error.to_string(),
+        })?;
         let mut mappings = lock(&self.shared.mappings);
         if mappings.table.len() >= MAX_REGIONS {
             return Err(DmaError::TooManyRegions);
@@ -116,7 +121,7 @@ impl DmaSpace {
                 other_bytes: other.pages.size(),
             });
         }
-        let region = Arc::new(Region { iova, pages: Arc::new(pages), access });
+        let region = Arc::new(Region { iova, _watch: Some(watch), pages: Arc::new(pages), access });
         mappings.insert(Arc::clone(&region));
         self.shared.generation.fetch_add(1, Ordering::Release);
         Ok(AttachedRegion { space: self.clone(), region })
@@ -251,6 +256,22 @@ mod tests {
         drop(old); // must not take the new one with it
         view.refresh();
         assert_eq!(view.read(IOVA, &mut [0; 8]), Ok(()));
+    }
+
+    /// A client that shrank what it shared ended the server.
+    #[test]
+    fn memory_whose_file_shrinks_reads_as_ones_and_swallows_writes() {
+        let space = DmaSpace::new();
+        let file = file(8192);
+        let _region = space.attach(IOVA, fd(&file), 0, 8192, DmaAccess::ReadWrite).unwrap();
+        file.set_len(4096).unwrap();
+        let mut view = space.view();
+        let mut bytes = [0; 16];
+        view.read(IOVA + 4096 - 8, &mut bytes).unwrap();
+        assert_eq!(bytes, [0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255, 255, 255, 255, 255]);
+        let place = view.resolve(IOVA + 4096, 4, DmaDirection::ToHost).unwrap();
+        view.slice(place, 4).copy_from(b"lost");
+        assert_eq!(file.metadata().unwrap().len(), 4096);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Invariants:
 //! - an access is inside the BAR and naturally aligned, or an error;
 //! - mapped registers are touched by volatile loads and stores of 32 bits only; nobody has a reference to them;
-//! - every mapping is [watched](super::sigbus): once the device is gone, reads give all ones and writes are lost.
+//! - every mapping is [watched](nvme_sigbus): once the device is gone, reads give all ones and writes are lost.
 //!
 //! *Memory ordering*: stores to DMA memory that were made before a doorbell are visible to the device before the doorbell
 //! is: x86 keeps stores in order, and a release fence precedes (and is a barrier that reaches devices elsewhere).
@@ -20,8 +20,8 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use nix::libc;
+use nvme_sigbus::Watch;
 
-use super::sigbus::Watch;
 use super::sys::RegionInfo;
 use crate::transport::TransportError;
 

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nvme_sigbus::Watch;
 use nvme_spec::registers::DOORBELL_BASE;
 use reactor::dma::PAGE_SIZE;
 use vfio_user_protocol::{
@@ -22,7 +23,6 @@ use zerocopy::IntoBytes;
 
 use super::VfioUserError;
 use super::connection::{Connection, RequestError};
-use crate::transport::vfio::sigbus::Watch;
 
 /// Largest BAR0 that is believed.
 const MAX_BAR_BYTES: u64 = 1 << 30;

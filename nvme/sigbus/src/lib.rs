@@ -1,9 +1,10 @@
-//! Registers that vanish: a load or store to a mapped BAR raises SIGBUS once the device is gone, or while its memory
-//! space is off. Here it becomes a read of all ones and a write that is lost, as on a bus.
+//! Mapped memory that vanishes: a load or store to a mapped BAR raises SIGBUS once the device is gone, or while its memory
+//! space is off; so does one to a file that its owner has shrunk. Here it becomes a read of all ones and a write that is
+//! lost, as on a bus.
 //!
 //! The first [`Watch`] installs a handler for the process. It looks the address up among the watched mappings. If it lies
 //! in one, the page is replaced by a private one full of ones, the watch is marked [gone](Watch::is_gone), and the
-//! instruction is tried again. Any other SIGBUS goes to the handler that was there before, or ends the process as it
+//! instruction is tried again. Where a single page cannot be replaced (huge pages), all of the mapping is. Any other SIGBUS goes to the handler that was there before, or ends the process as it
 //! would have.
 //!
 //! Invariants:
@@ -28,8 +29,8 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-/// Mappings that can be watched at a time: a device has one or two.
-const SLOTS: usize = 64;
+/// Mappings that can be watched at a time: a device has one or two, the client of a server up to 1,024.
+const SLOTS: usize = 4096;
 /// Bytes of the pages that are replaced.
 const PAGE: usize = 4096;
 
@@ -52,7 +53,7 @@ static TAKING: Mutex<()> = Mutex::new(());
 
 /// A mapping that SIGBUS in does not end the process. Must be dropped before the mapping is.
 #[derive(Debug)]
-pub(in crate::transport) struct Watch {
+pub struct Watch {
     slot: usize,
 }
 
@@ -61,7 +62,7 @@ impl Watch {
     ///
     /// # Errors
     /// All slots are in use, or the system refuses the handler.
-    pub(in crate::transport) fn new(start: usize, bytes: usize) -> io::Result<Self> {
+    pub fn new(start: usize, bytes: usize) -> io::Result<Self> {
         debug_assert!(start.is_multiple_of(PAGE) && bytes.is_multiple_of(PAGE) && start != 0);
         let _taking = TAKING.lock().unwrap_or_else(PoisonError::into_inner);
         install()?;
@@ -77,14 +78,14 @@ impl Watch {
         Ok(Self { slot })
     }
 
-    /// Whether an access of it failed since it was watched or [mapped anew](Self::mapped_anew).
-    pub(super) fn is_gone(&self) -> bool {
+    /// Whether an access of it has failed since it was watched or [mapped anew](Self::mapped_anew).
+    pub fn is_gone(&self) -> bool {
         // Acquire: pairs with the handler, which may have run on another thread.
         WATCHED[self.slot].gone.load(Ordering::Acquire)
     }
 
     /// The owner put the device's pages back.
-    pub(super) fn mapped_anew(&self) {
+    pub fn mapped_anew(&self) {
         WATCHED[self.slot].gone.store(false, Ordering::Release);
     }
 }
@@ -151,13 +152,24 @@ fn replace(address: usize) -> bool {
     let flags = libc::MAP_PRIVATE | libc::MAP_FIXED;
     // SAFETY: the page lies in a mapping whose owner watches it and so leaves it in place, and who accesses it by
     // volatile loads and stores only, which any contents suit.
-    let mapped =
-        unsafe { libc::mmap(page, PAGE, protection, flags, ONES.load(Ordering::Acquire), 0) } == page;
+    let mapped = unsafe { libc::mmap(page, PAGE, protection, flags, ONES.load(Ordering::Acquire), 0) }
+        == page
+        || replace_all(slot, protection, flags);
     Errno::set_raw(errno);
     if mapped {
         slot.gone.store(true, Ordering::Release);
     }
     mapped
+}
+
+/// Puts zeroes in place of a whole mapping, whose pages are too large to be replaced one by one.
+fn replace_all(slot: &Slot, protection: libc::c_int, flags: libc::c_int) -> bool {
+    let start = slot.start.load(Ordering::Acquire);
+    let Some(bytes) = slot.end.load(Ordering::Acquire).checked_sub(start) else { return false };
+    let start = start as *mut libc::c_void;
+    let flags = flags | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: as for one page: the mapping's owner watches it and leaves it in place, and any contents suit.
+    unsafe { libc::mmap(start, bytes, protection, flags, -1, 0) == start }
 }
 
 /// Does what would have been done without this module.
@@ -301,7 +313,7 @@ mod tests {
     #[test]
     fn an_unwatched_fault_still_ends_the_process() {
         use std::os::unix::process::ExitStatusExt;
-        let name = "transport::vfio::sigbus::tests::fault_outside_of_any_watch";
+        let name = "tests::fault_outside_of_any_watch";
         let output = Command::new(std::env::current_exe().unwrap())
             .args(["--ignored", "--exact", name, "--test-threads=1"])
             .output()

@@ -262,7 +262,7 @@ impl Shared {
                         self.fail(timeout_fault(&self.link, lane.id, command, opcode, timeout));
                     }
                     Errand::Create => {
-                        self.fail(Fault::CannotCreate { queue: lane.id, reason: error.to_string() })
+                        self.fail(Fault::CannotCreate { queue: lane.id, reason: error.to_string() });
                     }
                 }
             }

@@ -8,6 +8,7 @@
 //!
 //! Excludes: the tests themselves, and anything that builds on the project's own crates (this one depends on none).
 
+mod bench;
 mod check;
 mod conventions;
 mod direction;
@@ -38,6 +39,8 @@ enum Task {
     Check,
     /// Unit, property and documentation tests, then the tiers that mount
     Test(test::TestOptions),
+    /// Measure, and compare with the goals
+    Bench(bench::BenchOptions),
     /// Run a fuzz target for a time, or one saved input
     Fuzz(fuzz::FuzzOptions),
     /// check, then test: what CI runs
@@ -60,6 +63,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<Steps> {
     match &arguments.task {
         Task::Check => check::run(&mut steps),
         Task::Test(options) => test::run(&mut steps, options),
+        Task::Bench(options) => bench::run(&mut steps, options),
         Task::Fuzz(options) => fuzz::run(&mut steps, options),
         Task::Ci(options) => {
             check::run(&mut steps);

@@ -1,0 +1,256 @@
+//! The driver's figures.
+//!
+//! | figure | how |
+//! |---|---|
+//! | instructions per 4 KiB read | callgrind inside the bench `instructions`, twice, the second time with twice the reads: the difference leaves out bring-up. The controller is left out by its function's name |
+//! | doorbell writes per read | what the same program counts, likewise |
+//! | two queues on two cores | `pollux perf` with one embedded controller and two cores, in turn with two processes of a core and a controller each; medians of their sums |
+//! | against a peer | `pollux perf` and the peer's initiator on the same vfio-user socket and core, in turn; medians |
+//!
+//! Excludes: starting the peer's target, which is whoever's who measures.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, bail, ensure};
+use clap::Args;
+use serde::Deserialize;
+
+use super::Report;
+use crate::steps::cargo;
+
+/// Reads of the shorter of two runs.
+const READS: u64 = 12_800;
+/// Depths at which instructions are counted, with the goal for each, if it has one.
+const DEPTHS: [(u64, Option<u64>); 3] = [(1, None), (32, Some(250)), (128, Some(250))];
+/// Depths of the comparison with a peer, and the ratio to reach.
+const PEER_GOALS: [(u32, f64); 3] = [(1, 1.2), (32, 1.2), (128, 1.0)];
+
+/// How the driver is measured.
+#[derive(Args)]
+pub(crate) struct DriverOptions {
+    /// Write the figures into docs/benchmarks.md
+    #[arg(long)]
+    pub(super) write: bool,
+    /// Rounds of each alternating measurement
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Seconds of each run
+    #[arg(long, default_value_t = 3)]
+    seconds: u32,
+    /// Socket of a vfio-user target to compare on
+    #[arg(long, requires = "peer_command")]
+    peer_socket: Option<PathBuf>,
+    /// The peer's initiator on that target: a shell command in which {depth} and {seconds} are replaced, pinned to core 1, that
+    /// reads 4 KiB at random
+    #[arg(long, requires = "peer_socket")]
+    peer_command: Option<String>,
+    /// What the line of the peer's output begins with that has the IOPS
+    #[arg(long, default_value = "Total")]
+    peer_line: String,
+}
+
+impl DriverOptions {
+    /// The command that gives these figures again.
+    pub(super) fn command_line(&self) -> String {
+        let peer = if self.peer_socket.is_some() { " --peer-socket … --peer-command …" } else { "" };
+        format!("cargo xtask bench driver --rounds {} --seconds {}{peer}", self.rounds, self.seconds)
+    }
+}
+
+/// Takes every figure that can be taken here.
+pub(super) fn measure(root: &Path, options: &DriverOptions) -> anyhow::Result<Report> {
+    let mut report = Report::default();
+    let program = build(root, &["--package", "nvme", "--bench", "instructions"], "instructions")?;
+    let pollux = build(root, &["--package", "pollux-tools", "--bin", "pollux"], "pollux")?;
+    if Command::new("valgrind").arg("--version").output().is_ok() {
+        instructions(&program, &mut report)?;
+    } else {
+        report.missing.push("instructions: valgrind is missing (apt-get install valgrind)".into());
+    }
+    two_cores(&pollux, options, &mut report)?;
+    match (&options.peer_socket, &options.peer_command) {
+        (Some(socket), Some(command)) => peer(&pollux, socket, command, options, &mut report)?,
+        _ => report.missing.push("a peer: give --peer-socket and --peer-command (docs/benchmarks.md)".into()),
+    }
+    Ok(report)
+}
+
+#[derive(Deserialize)]
+struct Artifact {
+    target: Option<Target>,
+    executable: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
+}
+
+/// Builds a program for release; returns where it is.
+fn build(root: &Path, what: &[&str], name: &str) -> anyhow::Result<PathBuf> {
+    let output = cargo(root)
+        .args(["build", "--release", "--locked", "--quiet", "--message-format=json-render-diagnostics"])
+        .args(what)
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    ensure!(output.status.success(), "cannot build {name}");
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Artifact>(line).ok())
+        .filter(|artifact| artifact.target.as_ref().is_some_and(|target| target.name == name))
+        .find_map(|artifact| artifact.executable)
+        .with_context(|| format!("cargo does not say where {name} is"))
+}
+
+fn instructions(program: &Path, report: &mut Report) -> anyhow::Result<()> {
+    for (depth, goal) in DEPTHS {
+        let (short, long) = (count(program, depth, READS)?, count(program, depth, 2 * READS)?);
+        let each = (long.instructions - short.instructions).div_ceil(READS);
+        let (text, reached) = match goal {
+            Some(goal) => (format!("at most {goal}"), each <= goal),
+            None => ("none".to_owned(), true),
+        };
+        report.note(format!("instructions per 4 KiB read, depth {depth}"), each.to_string(), &text, reached);
+        let doorbells = (long.doorbells - short.doorbells) as f64 / READS as f64;
+        let reached = depth < 128 || doorbells <= 0.1;
+        let goal = if depth < 128 { "none" } else { "at most 0.1" };
+        report.note(
+            format!("doorbell writes per read, depth {depth}"),
+            format!("{doorbells:.3}"),
+            goal,
+            reached,
+        );
+    }
+    Ok(())
+}
+
+struct Count {
+    instructions: u64,
+    doorbells: u64,
+}
+
+fn count(program: &Path, depth: u64, reads: u64) -> anyhow::Result<Count> {
+    let output = Command::new("valgrind")
+        .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
+        // Counted inside the calls of the driver, but not inside the controller that they call.
+        .args(["--toggle-collect=*measured_*", "--toggle-collect=*NullTransport*doorbell*"])
+        .arg(program)
+        .args([depth.to_string(), reads.to_string()])
+        .output()
+        .context("cannot run valgrind")?;
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "valgrind failed: {stderr}");
+    let collected = stderr.lines().find_map(|line| line.split_once("Collected :")).map(|(_, n)| n.trim());
+    let doorbells = stdout.split_whitespace().next();
+    Ok(Count {
+        instructions: collected.and_then(|n| n.parse().ok()).context("valgrind gives no count")?,
+        doorbells: doorbells.and_then(|n| n.parse().ok()).context("the program gives no count")?,
+    })
+}
+
+#[derive(Deserialize)]
+struct Perf {
+    iops: f64,
+    errors: u64,
+}
+
+/// `pollux perf` with 4 KiB random reads, without a clock read for each.
+fn perf(pollux: &Path, device: &str, depth: u32, cores: &str, seconds: u32) -> Command {
+    let mut command = Command::new(pollux);
+    command
+        .args(["perf", "--device", device, "--rw", "randread", "--bs", "4k", "--no-latency", "--json"])
+        .args(["--iodepth", &depth.to_string(), "--cores", cores, "--runtime", &seconds.to_string()])
+        .stdout(Stdio::piped());
+    command
+}
+
+fn iops_of(output: &[u8]) -> anyhow::Result<f64> {
+    let perf: Perf = serde_json::from_slice(output).context("pollux perf gives no JSON")?;
+    ensure!(perf.errors == 0, "pollux perf had {} errors", perf.errors);
+    Ok(perf.iops)
+}
+
+fn two_cores(pollux: &Path, options: &DriverOptions, report: &mut Report) -> anyhow::Result<()> {
+    const WHAT: &str = "two queues on two cores of one controller, of two processes' sum";
+    if std::thread::available_parallelism().map_or(1, std::num::NonZero::get) < 2 {
+        report.missing.push(format!("{WHAT}: there is one core"));
+        return Ok(());
+    }
+    let (device, seconds) = ("emu:mem,size=64MiB", options.seconds);
+    let (mut together, mut apart) = (Vec::new(), Vec::new());
+    for _ in 0..options.rounds {
+        together.push(iops_of(&perf(pollux, device, 32, "0,1", seconds).output()?.stdout)?);
+        let first = perf(pollux, device, 32, "0", seconds).spawn()?;
+        let second = perf(pollux, device, 32, "1", seconds).output()?;
+        let first = first.wait_with_output()?;
+        apart.push(iops_of(&first.stdout)? + iops_of(&second.stdout)?);
+    }
+    let (together, apart) = (median(together), median(apart));
+    let ratio = together / apart;
+    let figure = format!("{:.1} % ({:.2} M of {:.2} M IOPS)", ratio * 100.0, together / 1e6, apart / 1e6);
+    report.note(WHAT, figure, "at least 95 %", ratio >= 0.95);
+    Ok(())
+}
+
+fn peer(
+    pollux: &Path,
+    socket: &Path,
+    command: &str,
+    options: &DriverOptions,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let device = format!("vfio-user:{}", socket.display());
+    for (depth, goal) in PEER_GOALS {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for _ in 0..options.rounds {
+            let line = command
+                .replace("{depth}", &depth.to_string())
+                .replace("{seconds}", &options.seconds.to_string());
+            let output = Command::new("sh").args(["-c", &line]).output().context("cannot run sh")?;
+            theirs.push(peer_iops(&String::from_utf8_lossy(&output.stdout), &options.peer_line)?);
+            ours.push(iops_of(&perf(pollux, &device, depth, "1", options.seconds).output()?.stdout)?);
+        }
+        let (ours, theirs) = (median(ours), median(theirs));
+        let figure = format!("{:.2} ({:.2} M to {:.2} M IOPS)", ours / theirs, ours / 1e6, theirs / 1e6);
+        let what = format!("IOPS to the peer's on its target, depth {depth}");
+        report.note(what, figure, &format!("at least {goal}"), ours / theirs >= goal);
+    }
+    Ok(())
+}
+
+/// The first number in the line that begins with `line`.
+fn peer_iops(output: &str, line: &str) -> anyhow::Result<f64> {
+    let Some(found) = output.lines().map(str::trim).find(|candidate| candidate.starts_with(line)) else {
+        bail!("the peer prints no line that begins with {line:?}; see --peer-line. It printed:\n{output}")
+    };
+    found
+        .split(|c: char| c.is_whitespace() || c == ':')
+        .find_map(|word| word.parse::<f64>().ok())
+        .with_context(|| format!("no number in the peer's line {found:?}"))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peers_figure_is_found_in_its_line() {
+        let output =
+            "Device Information   :  IOPS  MiB/s\nTotal                :  1028371.64  4017.08  0.97\n";
+        assert_eq!(peer_iops(output, "Total").expect("it is there"), 1_028_371.64);
+        assert!(peer_iops("nothing", "Total").is_err());
+    }
+
+    #[test]
+    fn the_median_is_not_moved_by_an_outlier() {
+        assert_eq!(median(vec![3.0, 1.0, 100.0]), 3.0);
+        assert!(median(Vec::new()).is_nan());
+    }
+}

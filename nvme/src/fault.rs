@@ -224,6 +224,12 @@ impl Health {
         self.pulse().life()
     }
 
+    /// Holds the lock of the cause, for a test.
+    #[cfg(test)]
+    pub(crate) fn hold_cause(&self) -> std::sync::MutexGuard<'_, Option<Fault>> {
+        self.cause.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Stops a running or reviving controller because of `fault`. Returns whether this was the one that did. A fault that
     /// no reset cures is kept even if the controller is stopping already.
     pub(crate) fn fail(&self, fault: Fault, curable: Curable) -> bool {

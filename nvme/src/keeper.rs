@@ -65,7 +65,7 @@ impl Desk {
         Ok(Self { asks: Mutex::default(), bell, closing: AtomicBool::new(false) })
     }
 
-    fn asks(&self) -> MutexGuard<'_, VecDeque<Ask>> {
+    pub(crate) fn asks(&self) -> MutexGuard<'_, VecDeque<Ask>> {
         self.asks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

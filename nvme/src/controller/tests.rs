@@ -8,6 +8,8 @@ use nvme_spec::{AdminOpcode, StatusCode};
 use reactor::clock::Instant;
 use std::time::Duration;
 
+mod locks;
+
 fn polled() -> ControllerOptions {
     ControllerOptions { keeper: Keeper::Polled, ..ControllerOptions::default() }
 }

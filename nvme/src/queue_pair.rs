@@ -59,6 +59,8 @@ pub const MAX_TRANSFER: usize = 64 << 20;
 const MAX_ZEROES_BYTES: u64 = 32 << 20;
 /// Unit of CRDT1 to 3.
 const RETRY_DELAY_UNIT: Duration = Duration::from_millis(100);
+/// Longest delay of a retry, whatever CRDT says, which goes up to almost two hours: requests are answered in bounded time.
+pub const MAX_RETRY_DELAY: Duration = Duration::from_secs(10);
 
 /// Whether a queue's owner can sleep until the device interrupts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -282,7 +284,10 @@ impl QueuePair {
             wake: wake.zip(vector),
             listening: false,
             delayed: Vec::with_capacity(usize::from(slots)),
-            retry_delays: info.raw.crdt.map(|delay| RETRY_DELAY_UNIT * u32::from(delay.get())),
+            retry_delays: info
+                .raw
+                .crdt
+                .map(|delay| (RETRY_DELAY_UNIT * u32::from(delay.get())).min(MAX_RETRY_DELAY)),
             stage: Stage::Running,
             // If the controller has been reset since the queue was attached, the first look takes care of it.
             pulse: lane.born,

@@ -12,12 +12,13 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use nvme_spec::{CommandId, QueueId, SubmissionEntry};
 
 use crate::fault::Pulse;
+use crate::sync::{AtomicU8, Ordering};
 use crate::wake;
 
 /// What an owner wants done by admin command.
@@ -140,5 +141,45 @@ impl Lane {
             5 => Answer::Alive,
             _ => Answer::Pending,
         }
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use loom::sync::atomic::AtomicU32;
+    use loom::sync::{Arc, Mutex};
+    use loom::thread;
+
+    fn lane() -> Lane {
+        let entry = SubmissionEntry::default();
+        Lane::new(QueueId::new(1), entry, entry, None, Pulse::NONE)
+    }
+
+    /// Whoever reads an answer sees what was done for it, and never the answer to the question before.
+    #[test]
+    fn loom_an_answer_is_of_this_question_and_comes_after_the_deed() {
+        loom::model(|| {
+            let lane = Arc::new(lane());
+            let (desk, done) = (Arc::new(Mutex::new(false)), Arc::new(AtomicU32::new(0)));
+            lane.reply(Answer::Deleted); // the question before
+            let keeper = {
+                let (lane, desk, done) = (Arc::clone(&lane), Arc::clone(&desk), Arc::clone(&done));
+                thread::spawn(move || {
+                    if *desk.lock().unwrap() {
+                        done.store(1, Ordering::Relaxed);
+                        lane.reply(Answer::Created);
+                    }
+                })
+            };
+            lane.expect();
+            *desk.lock().unwrap() = true;
+            match lane.answer() {
+                Answer::Pending => {}
+                Answer::Created => assert_eq!(done.load(Ordering::Relaxed), 1),
+                other => panic!("{other:?} answers another question"),
+            }
+            keeper.join().unwrap();
+        });
     }
 }

@@ -35,6 +35,7 @@ mod shadow;
 mod slots;
 pub mod spec_string;
 pub mod stats;
+mod sync;
 pub mod transport;
 mod wake;
 

@@ -8,13 +8,14 @@
 //! index, then a full barrier, then loads the value: so at least one side sees the other's store, and no wake-up is lost.
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
 use nvme_spec::registers::{DOORBELL_BASE, Doorbell, doorbell_offset};
 use reactor::dma::DmaRegion;
 use vm_memory::Bytes;
 
 use crate::queue::QueueShape;
+use crate::sync::publish_then_look;
 use crate::transport::aligned::allocate;
 use crate::transport::{Transport, TransportError};
 
@@ -100,14 +101,15 @@ fn store(region: &Arc<dyn DmaRegion>, offset: usize, value: u32) {
 impl ShadowDoorbell {
     /// Publishes a tail or head. Returns whether the register has to be written too.
     pub(crate) fn publish(&mut self, value: u32) -> bool {
-        store(&self.values, self.offset, value);
-        // The store above before the load below: see the module's *Memory ordering*.
-        fence(Ordering::SeqCst);
-        let event: u32 = self
-            .events
-            .slice()
-            .load(self.offset, Ordering::Relaxed)
-            .expect("queues are limited to those with a place in the buffers");
+        let event: u32 = publish_then_look(
+            || store(&self.values, self.offset, value),
+            || {
+                let events = self.events.slice();
+                events
+                    .load(self.offset, Ordering::Relaxed)
+                    .expect("queues are limited to those with a place in the buffers")
+            },
+        );
         let last = std::mem::replace(&mut self.last, value);
         event_passed(u32::from_le(event), last, value)
     }
@@ -115,7 +117,7 @@ impl ShadowDoorbell {
 
 /// Whether going from `last` to `value` passed `event`: the controller wants to be told once `event` is left behind. Indices
 /// wrap at the queue's size, so a lap counts as passing: one write too many does no harm, one too few hangs the queue.
-fn event_passed(event: u32, last: u32, value: u32) -> bool {
+pub(crate) fn event_passed(event: u32, last: u32, value: u32) -> bool {
     let (event, last, value) = (event as u16, last as u16, value as u16);
     value.wrapping_sub(event).wrapping_sub(1) < value.wrapping_sub(last)
 }

@@ -12,7 +12,7 @@
 
 use nvme_spec::CommandId;
 
-/// Most commands in flight on one queue: leaves four bits of every identifier to the generation.
+/// Most commands in flight on one queue: leaves three bits of every identifier to the generation.
 pub(crate) const MAX_SLOTS: u16 = 1 << 12;
 
 /// In place of the identifier of a free slot: none that a device can name.
@@ -65,26 +65,19 @@ pub(crate) struct CommandSlots {
     free: u16,
     /// The bits of an identifier that are the index.
     index_mask: u16,
-    /// Identifiers from here on have the last generation.
-    last_generation: u16,
 }
 
 impl CommandSlots {
     /// `count` free slots, between 1 and [`MAX_SLOTS`].
     pub(crate) fn new(count: u16) -> Self {
         assert!((1..=MAX_SLOTS).contains(&count), "{count} command slots");
-        let index_bits = u32::from(count).next_power_of_two().trailing_zeros();
+        // An index is never all ones, so no identifier is 0xffff whatever its generation.
+        let index_bits = u32::from(count + 1).next_power_of_two().trailing_zeros();
         let slot = |index| {
             let owner = if index + 1 == count { NONE } else { index + 1 };
             Slot { cid: FREE, next: index, owner, sequence: 0 }
         };
-        Self {
-            slots: (0..count).map(slot).collect(),
-            free: 0,
-            index_mask: ((1u32 << index_bits) - 1) as u16,
-            // One generation is left out: with an index of all ones it would make 0xffff.
-            last_generation: (((1u32 << (16 - index_bits)) - 2) << index_bits) as u16,
-        }
+        Self { slots: (0..count).map(slot).collect(), free: 0, index_mask: ((1u32 << index_bits) - 1) as u16 }
     }
 
     #[inline]
@@ -116,7 +109,8 @@ impl CommandSlots {
         let taken = self.slots.get_mut(usize::from(slot))?;
         self.free = taken.owner;
         let cid = taken.next;
-        let next = if cid >= self.last_generation { slot } else { cid + self.index_mask + 1 };
+        // The generation wraps, the index stays.
+        let next = cid.wrapping_add(self.index_mask + 1);
         *taken = Slot { cid: u32::from(cid), next, owner, sequence };
         Some((slot, CommandId::new(cid)))
     }

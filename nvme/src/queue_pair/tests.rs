@@ -304,7 +304,7 @@ fn completion_with_unknown_or_out_of_range_cid_fails_controller() {
 
 #[test]
 fn completion_with_stale_cid_fails_controller() {
-    let error = forged(|_, command| entry(1, command.cid.get().wrapping_add(8), 2));
+    let error = forged(|_, command| entry(1, command.cid.get().wrapping_add(16), 2));
     assert!(matches!(error, ProtocolError::CidStale { .. }));
 }
 

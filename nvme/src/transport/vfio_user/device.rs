@@ -33,7 +33,16 @@ const MAX_VECTORS: u32 = 2048;
 /// Class code of NVMe controllers, in the upper three bytes of the dword at 8.
 const NVME_CLASS: u32 = 0x01_08_02;
 const CONFIG_COMMAND: u64 = 4;
+const CONFIG_STATUS: u64 = 6;
 const CONFIG_CLASS: u64 = 8;
+const CONFIG_CAPABILITIES: u64 = 0x34;
+/// Status: there is a list of capabilities.
+const STATUS_CAPABILITIES: u16 = 1 << 4;
+/// Identifier of the MSI-X capability; Message Control lies 2 bytes into it.
+const CAPABILITY_MSIX: u8 = 0x11;
+const MSIX_ENABLE: u16 = 1 << 15;
+/// Capabilities that fit behind the header: a longer list is a loop.
+const MAX_CAPABILITIES: usize = 48;
 /// Memory space, bus master, no INTx.
 const COMMAND_BITS: u16 = 1 << 1 | 1 << 2 | 1 << 10;
 
@@ -114,12 +123,44 @@ fn bar0(connection: &Connection) -> Result<(RegionInfo, Vec<SparseArea>, Vec<Own
     Ok((info, areas, reply.fds))
 }
 
-/// Enables memory space and bus mastering, and turns the legacy interrupt off.
+/// Enables memory space, bus mastering and MSI-X, and turns the legacy interrupt off. SPDK's target sends nothing to an eventfd
+/// while MSI-X is off in the configuration space, however the eventfd was connected.
 pub(super) fn enable(connection: &Connection) -> Result<(), RequestError> {
     let mut command = [0; 2];
     connection.region_read(region::CONFIG, CONFIG_COMMAND, &mut command)?;
     let command = u16::from_le_bytes(command) | COMMAND_BITS;
-    connection.region_write(region::CONFIG, CONFIG_COMMAND, &command.to_le_bytes())
+    connection.region_write(region::CONFIG, CONFIG_COMMAND, &command.to_le_bytes())?;
+    let read = |at, bytes: &mut [u8]| connection.region_read(region::CONFIG, at, bytes);
+    let Some(at) = msix_control(read)? else { return Ok(()) };
+    let mut control = [0; 2];
+    connection.region_read(region::CONFIG, at, &mut control)?;
+    let control = u16::from_le_bytes(control) | MSIX_ENABLE;
+    connection.region_write(region::CONFIG, at, &control.to_le_bytes())
+}
+
+/// Where in the configuration space MSI-X's Message Control is, if the function has MSI-X.
+fn msix_control<E>(mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>) -> Result<Option<u64>, E> {
+    let mut status = [0; 2];
+    read(CONFIG_STATUS, &mut status)?;
+    if u16::from_le_bytes(status) & STATUS_CAPABILITIES == 0 {
+        return Ok(None);
+    }
+    let mut next = [0; 1];
+    read(CONFIG_CAPABILITIES, &mut next)?;
+    for _ in 0..MAX_CAPABILITIES {
+        let at = u64::from(next[0] & !3);
+        // Below is the header: the end of the list, or nonsense.
+        if at < 0x40 {
+            break;
+        }
+        let mut capability = [0; 2];
+        read(at, &mut capability)?;
+        if capability[0] == CAPABILITY_MSIX {
+            return Ok(Some(at + 2));
+        }
+        next[0] = capability[1];
+    }
+    Ok(None)
 }
 
 /// Doorbells that are mapped.
@@ -186,4 +227,39 @@ fn doorbell_area(
 
 fn end_of(area: &SparseArea) -> Option<u64> {
     area.offset.get().checked_add(area.size.get())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use super::*;
+
+    fn found(space: &[u8; 256]) -> Option<u64> {
+        let read = |at: u64, bytes: &mut [u8]| -> Result<(), Infallible> {
+            let at = at as usize;
+            bytes.copy_from_slice(&space[at..at + bytes.len()]);
+            Ok(())
+        };
+        match msix_control(read) {
+            Ok(found) => found,
+        }
+    }
+
+    /// SPDK's target sent no interrupt, so that a sleeping reactor was woken once a second, by its watchdog.
+    #[test]
+    fn msix_is_found_behind_other_capabilities_and_in_no_nonsense() {
+        let mut space = [0; 256];
+        (space[0x34], space[0x40], space[0x41], space[0x50]) = (0x40, 0x01, 0x50, 0x11);
+        assert_eq!(found(&space), None, "no list is announced");
+        space[6] = 1 << 4;
+        assert_eq!(found(&space), Some(0x52));
+        space[0x50] = 0x10;
+        assert_eq!(found(&space), None);
+        space[0x51] = 0x40;
+        assert_eq!(found(&space), None, "a loop");
+        space[0x51] = 0x08;
+        assert_eq!(found(&space), None, "into the header");
+        assert_eq!(found(&[0xff; 256]), None, "the last capability leads to itself");
+    }
 }

@@ -204,10 +204,12 @@ impl Link {
             // The clock is read first: whoever is preempted between the two still takes a last look in time.
             let late = self.timing.now() >= deadline;
             let csts = self.status()?;
-            if csts.cfs() && fatal == OnFatal::GiveUp {
+            let reached = reached(csts);
+            // A shutdown that is complete is complete, whatever else the controller has to say.
+            if csts.cfs() && (fatal == OnFatal::GiveUp || fatal == OnFatal::GiveUpUnlessReached && !reached) {
                 return Err(HandshakeError::FatalStatus { goal, csts: csts.into() });
             }
-            if reached(csts) {
+            if reached {
                 return Ok(());
             }
             if late {
@@ -261,7 +263,7 @@ impl Link {
     pub(crate) fn notify_shutdown(&self, timeout: Duration) -> Result<(), HandshakeError> {
         let cc = self.configuration()?;
         self.transport.write32(registers::CC, cc.with_shn(Shutdown::Normal as u8).into())?;
-        self.wait_for("CSTS.SHST=2 after CC.SHN=1", timeout, OnFatal::GiveUp, |csts| {
+        self.wait_for("CSTS.SHST=2 after CC.SHN=1", timeout, OnFatal::GiveUpUnlessReached, |csts| {
             csts.shst() == shst::COMPLETE
         })
     }
@@ -273,5 +275,6 @@ pub(crate) const MAX_PAGE_SHIFT: u8 = 16;
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum OnFatal {
     GiveUp,
+    GiveUpUnlessReached,
     Ignore,
 }

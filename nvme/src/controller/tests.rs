@@ -212,3 +212,12 @@ fn shutting_down_twice_or_after_a_fault_does_nothing() {
     assert_eq!(controller.life(), Life::Quiet);
     assert!(matches!(controller.smart_log(), Err(AdminError::Failed(Fault::ShutDown))));
 }
+
+/// A target was seen to set CSTS.CFS beside SHST=2: the shutdown was complete, and reported as failed.
+#[test]
+fn a_shutdown_that_is_complete_is_complete_in_spite_of_a_fatal_status() {
+    let fake = Fake::new(Script::default());
+    let controller = bring_up(&fake).unwrap();
+    fake.script().fatal = true;
+    assert_eq!(controller.shutdown(), Ok(()));
+}

@@ -195,7 +195,7 @@ impl Transport for VfioUserTransport {
     fn doorbell(&self, offset: u64, value: u32) {
         let stored = self.doorbells.as_ref().is_some_and(|area| area.store(offset, value));
         if !stored {
-            self.connection.post_write(region::BAR0, offset, &value.to_le_bytes());
+            self.connection.post_write(region::BAR0, offset, value.to_le_bytes());
         }
     }
 

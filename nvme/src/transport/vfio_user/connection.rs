@@ -49,8 +49,8 @@ pub enum RequestError {
     Gone(String),
 }
 
-/// How long a posted write waits for room in the socket. A server that looks once a millisecond makes some by then.
-const POST_PATIENCE: Duration = Duration::from_millis(20);
+/// Where a posted write goes, and the four bytes of it.
+type Posted = (u32, u64, [u8; 4]);
 
 /// A connection.
 pub(super) struct Connection {
@@ -59,8 +59,9 @@ pub(super) struct Connection {
     timeout: Duration,
     /// Held from a command to its reply. Identifier of the last one.
     exchange: Mutex<u16>,
-    /// Held while a message is sent. Taken after `exchange`, or alone.
-    sending: Mutex<()>,
+    /// Held while a message is sent. Taken after `exchange`, or alone. Posted writes that found the socket full, one for each
+    /// place, the latest: they go out before anything else does.
+    sending: Mutex<Vec<Posted>>,
     gone: AtomicBool,
     /// The other side closed the connection before this one did.
     ended_by_server: AtomicBool,
@@ -98,7 +99,7 @@ impl Connection {
             channel,
             timeout,
             exchange: Mutex::new(0),
-            sending: Mutex::new(()),
+            sending: Mutex::default(),
             gone: AtomicBool::new(false),
             ended_by_server: AtomicBool::new(false),
             reason: Mutex::new(None),
@@ -176,8 +177,10 @@ impl Connection {
         *last_id = if *last_id >= POSTED_ID - 1 { 0 } else { *last_id + 1 };
         let deadline = Instant::now() + self.timeout;
         let sent = {
-            let _alone = lock(&self.sending);
-            self.channel.send_command((*last_id, command, 0), body, fds, deadline)
+            let mut unsent = lock(&self.sending);
+            // What was posted before goes before: a doorbell must not follow a reset.
+            self.send_posted(&mut unsent, deadline)
+                .and_then(|()| self.channel.send_command((*last_id, command, 0), body, fds, deadline))
         };
         sent.map_err(|error| self.broken(command, &error))?;
         let reply = self.await_reply(*last_id, command, deadline)?;
@@ -259,24 +262,35 @@ impl Connection {
     }
 
     /// Sends a write whose reply nobody waits for. A server that has no room for it for [`POST_PATIENCE`] loses it.
-    pub(super) fn post_write(&self, region: u32, offset: u64, bytes: &[u8]) {
+    pub(super) fn post_write(&self, region: u32, offset: u64, bytes: [u8; 4]) {
         if self.gone.load(Ordering::Acquire) {
             return;
         }
-        let access = access(region, offset, bytes.len());
-        let header = (POSTED_ID, Command::REGION_WRITE, type_and_flags::NO_REPLY);
-        let sent = {
-            let _alone = lock(&self.sending);
-            let deadline = Instant::now() + POST_PATIENCE;
-            self.channel.send_command(header, &[access.as_bytes(), bytes], &[], deadline)
-        };
-        match sent {
+        let mut unsent = lock(&self.sending);
+        // A later value of the same place takes the earlier one's place in line.
+        unsent.retain(|&(other_region, other_offset, _)| (other_region, other_offset) != (region, offset));
+        unsent.push((region, offset, bytes));
+        match self.send_posted(&mut unsent, Instant::now()) {
             Ok(()) => {}
             Err(ChannelError::TimedOut(_)) => {
-                tracing::warn!(device = self.name, offset, "the server does not read: a doorbell is lost");
+                tracing::debug!(device = self.name, offset, "the server does not read: a doorbell waits");
             }
-            Err(error) => drop(self.broken(Command::REGION_WRITE, &error)),
+            Err(error) => {
+                drop(unsent);
+                drop(self.broken(Command::REGION_WRITE, &error));
+            }
         }
+    }
+
+    /// Sends what is in line, as far as the socket takes it before the deadline.
+    fn send_posted(&self, unsent: &mut Vec<Posted>, deadline: Instant) -> Result<(), ChannelError> {
+        while let Some(&(region, offset, bytes)) = unsent.first() {
+            let header = (POSTED_ID, Command::REGION_WRITE, type_and_flags::NO_REPLY);
+            let access = access(region, offset, bytes.len());
+            self.channel.send_command(header, &[access.as_bytes(), &bytes], &[], deadline)?;
+            unsent.remove(0);
+        }
+        Ok(())
     }
 }
 

@@ -1,6 +1,6 @@
-//! A program for an instruction counter: reads of 4 KiB through the driver, from a controller that costs nothing of its own.
+//! A program for an instruction counter: requests of 4 KiB through the driver, to a controller that costs nothing of its own.
 //!
-//! `instructions DEPTH READS` submits READS reads, DEPTH at a time. The controller is a transport whose doorbell posts the
+//! `instructions read|write DEPTH REQUESTS` submits REQUESTS reads or writes, DEPTH at a time. The controller is a transport whose doorbell posts the
 //! completions of whatever was announced. An instruction counter counts inside `measured_submit` and `measured_complete` and, within
 //! them, leaves out [`NullTransport`]'s `doorbell`; the difference of two runs leaves out everything that happens once. `cargo xtask bench driver` does both.
 
@@ -13,7 +13,7 @@ use nvme::{Controller, ControllerOptions, Interrupts, Keeper, QueueOptions, Queu
 use nvme_spec::identify::{Cns, IdentifyController, IdentifyNamespace, NamespaceList};
 use nvme_spec::registers::{self, Cap, Cc, Csts, Doorbell, Version, doorbell_at};
 use nvme_spec::{AdminOpcode, CompletionEntry, Status, SubmissionEntry};
-use reactor::block::{BlockDevice, Lba, OpTag, Request};
+use reactor::block::{BlockDevice, Durability, Lba, OpTag, Request};
 use reactor::dma::{DmaBuffer, DmaRegion, HeapRegion};
 use vm_memory::Bytes;
 use zerocopy::{FromZeros, IntoBytes};
@@ -199,9 +199,12 @@ impl Transport for NullTransport {
 }
 
 fn main() {
-    let numbers: Vec<u64> = std::env::args().skip(1).filter_map(|argument| argument.parse().ok()).collect();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let number = |text: &str| text.parse::<u64>().ok();
     // The test runner calls benches with arguments of its own: nothing to do then.
-    let &[depth, reads] = numbers.as_slice() else { return };
+    let [kind, depth, requests] = arguments.as_slice() else { return };
+    let (Some(depth), Some(requests)) = (number(depth), number(requests)) else { return };
+    let writes = kind == "write";
     let options = ControllerOptions { keeper: Keeper::Polled, ..ControllerOptions::default() };
     let transport = Arc::new(NullTransport::default());
     let controller = Controller::bring_up(transport, Arc::new(SystemTiming::default()), &options)
@@ -216,13 +219,18 @@ fn main() {
     let mut buffers: Vec<Option<DmaBuffer>> =
         (0..depth).map(|_| Some(queue.pool().try_alloc(4096).expect("the pool is larger"))).collect();
     let mut state = 1u64;
-    for _ in 0..reads / depth {
+    for _ in 0..requests / depth {
         for (tag, buffer) in buffers.iter_mut().enumerate() {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             // Multiply-shift instead of a division.
             let lba = Lba::new(((u128::from(state) * u128::from(BLOCKS)) >> 64) as u64);
             let buffer = buffer.take().expect("returned by the last round");
-            measured_submit(&mut queue, OpTag(tag as u64), Request::Read { lba, buffer });
+            let request = if writes {
+                Request::Write { lba, buffer, durability: Durability::Cached }
+            } else {
+                Request::Read { lba, buffer }
+            };
+            measured_submit(&mut queue, OpTag(tag as u64), request);
         }
         let taken = measured_complete(&mut queue, depth as usize, &mut buffers);
         assert_eq!(taken as u64, depth);

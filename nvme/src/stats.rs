@@ -12,8 +12,10 @@ const SUB_BUCKETS: usize = 1 << SUB_BITS;
 const POWERS: usize = 43;
 const BUCKETS: usize = SUB_BUCKETS * POWERS;
 
-/// Counts of one queue since it was created.
+/// Counts of one queue since it was created. Alone in their cache lines: the owner writes them each round, and what lies beside
+/// them may be another core's.
 #[derive(Debug, Default)]
+#[repr(align(128))]
 pub struct QueueCounters {
     /// Requests accepted.
     pub(crate) requests: AtomicU64,

@@ -32,8 +32,9 @@ pub enum VectorMask {
     Unmasked,
 }
 
-/// One vector.
+/// One vector. Alone in its cache lines: each message changes it, and different queues send from different cores.
 #[derive(Debug, Default)]
+#[repr(align(128))]
 pub(crate) struct Vector {
     state: AtomicU8,
     eventfd: Mutex<Option<OwnedFd>>,

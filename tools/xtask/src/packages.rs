@@ -1,7 +1,7 @@
 //! Programs from Debian that some test tiers run: which, whether they are there, how to get them.
 //!
 //! Owns: the table [`PROGRAMS`] and the one place where a task changes the machine (`apt-get install`, only as root,
-//! and only on request of a tier that needs the program).
+//! and only on request of a tier or a measurement that needs the program).
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -51,6 +51,18 @@ pub(crate) fn install(packages: &[&str]) -> Result<(), String> {
         return Ok(());
     }
     Err(format!("`{}` failed", install_command(packages)))
+}
+
+/// Sees to it that `program` is there, if need be by installing `package`.
+///
+/// # Errors
+/// Says why it could not be installed.
+pub(crate) fn ensure(program: &str, package: &str) -> Result<(), String> {
+    if find(program).is_some() {
+        return Ok(());
+    }
+    println!("installing {package}");
+    install(&[package])
 }
 
 /// Why this machine cannot mount, if so.

@@ -1,3 +1,5 @@
+//! Loads against embedded controllers: what is counted, what ends a load, and what it may write.
+
 use super::*;
 use crate::device;
 

@@ -93,7 +93,8 @@ fn peer_that_does_not_read_ends_the_sending() {
     let end = Instant::now() + Duration::from_millis(30);
     let result =
         (0..100).try_for_each(|_| channel.send_command((1, Command::REGION_WRITE, 0), &[&body], &[], end));
-    assert!(matches!(result, Err(ChannelError::TimedOut(_))));
+    // In the middle of a message, or between two.
+    assert!(matches!(result, Err(ChannelError::TimedOut(_) | ChannelError::Torn)), "{result:?}");
 }
 
 #[test]

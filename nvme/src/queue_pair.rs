@@ -6,7 +6,7 @@
 //! Invariants:
 //! - the I/O path (submit, ring, poll) neither allocates, locks, counts references, reads a register nor calls the system,
 //!   and reads the clock only if latencies are recorded, or every [`WATCH_POLLS`] polls;
-//! - one submission doorbell a [`ring`](BlockDevice::ring), one completion doorbell a poll round;
+//! - one submission doorbell a [`ring`](BlockDevice::ring), at most one completion doorbell a poll round;
 //! - an error of the protocol ends the controller; an overdue command is aborted, then its queue deleted, then the
 //!   controller reset (`recover`);
 //! - a request completes with a fault, or is repeated, only once the controller cannot touch its buffer any more, or with a

@@ -1,6 +1,7 @@
 //! Making a volume.
 //!
-//! Owns: [`format()`], which turns a device into an empty volume, and refuses one that holds something.
+//! Owns: [`format()`], which turns a device into an empty volume, and refuses one that holds something; [`occupant`], which
+//! tells what that is.
 //!
 //! Order: the superblock rings and the places of foreign signatures are zeroed and flushed first, so that whatever
 //! was there is gone as a whole; then trees and bitmaps are written and flushed; the superblock comes last.
@@ -12,6 +13,8 @@
 mod signature;
 
 use std::sync::Arc;
+
+pub use signature::{Occupant, occupant};
 
 use reactor::Context;
 use reactor::block::Durability;
@@ -129,7 +132,7 @@ pub async fn format(ctx: &Context, options: &FormatOptions) -> Result<FormatRepo
     }
     let layout = VolumeLayout::plan(disk.blocks(), options.shards)
         .map_err(|error| FormatError::Layout { device: disk.name().to_owned(), error })?;
-    let found = signature::find(&disk).await?;
+    let found = occupant(&disk).await?.map(|occupant| occupant.to_string());
     if let (Force::Refuse, Some(what)) = (options.force, &found) {
         return Err(FormatError::Occupied { device: disk.name().to_owned(), what: what.clone() });
     }

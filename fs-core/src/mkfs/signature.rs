@@ -1,9 +1,11 @@
 //! Recognising what a device holds before it is overwritten.
 //!
-//! Owns: [`find`], and the table of the signatures that are looked for: superblocks of file systems, partition
+//! Owns: [`occupant`], and the tables of the signatures that are looked for: superblocks of file systems, partition
 //! tables, containers. Offsets and magic numbers are those that `blkid(8)` knows.
 //!
 //! Excludes: telling whether what was found is intact.
+
+use std::fmt;
 
 use crate::disk::VolumeDisk;
 use crate::error::FsError;
@@ -12,6 +14,27 @@ use crate::types::{BLOCK_SIZE, BlockCount, BlockNr};
 
 /// Blocks at the start of a device in which the signatures lie.
 const HEAD_BLOCKS: u64 = 17;
+
+/// Bytes at the end of a device in which the signatures lie.
+const TAIL_BYTES: u64 = 2 << 16;
+
+/// What a device holds, in words that fit "holds …".
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Occupant {
+    /// A Pollux volume, or what is left of one.
+    Pollux(String),
+    /// Something of another program.
+    Foreign(&'static str),
+}
+
+impl fmt::Display for Occupant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Occupant::Pollux(what) => f.write_str(what),
+            Occupant::Foreign(what) => f.write_str(what),
+        }
+    }
+}
 
 struct Signature {
     name: &'static str,
@@ -35,8 +58,8 @@ const SIGNATURES: &[Signature] = &[
     signature("an ISO 9660 file system", 32_769, b"CD001"),
     signature("a LUKS container", 0, b"LUKS\xba\xbe"),
     signature("an LVM physical volume", 512, b"LABELONE"),
-    signature("a member of a Linux RAID array", 4096, &[0xfc, 0x4e, 0x2b, 0xa9]),
-    signature("a member of a Linux RAID array", 0, &[0xfc, 0x4e, 0x2b, 0xa9]),
+    signature(RAID, 4096, &[0xfc, 0x4e, 0x2b, 0xa9]),
+    signature(RAID, 0, &[0xfc, 0x4e, 0x2b, 0xa9]),
     signature("swap space", 4086, b"SWAPSPACE2"),
     signature("an NTFS file system", 3, b"NTFS    "),
     signature("an exFAT file system", 3, b"EXFAT   "),
@@ -48,24 +71,56 @@ const SIGNATURES: &[Signature] = &[
     signature("a partition table or boot sector", 510, &[0x55, 0xaa]),
 ];
 
-/// Something known that the device holds, in words that fit "holds …".
+const RAID: &str = "a member of a Linux RAID array";
+
+/// Where a disk of `bytes` bytes has signatures at its end.
+fn at_the_end(bytes: u64) -> [(&'static str, Option<u64>, &'static [u8]); 4] {
+    const MD: &[u8] = &[0xfc, 0x4e, 0x2b, 0xa9];
+    const BACKUP: &str = "the backup of a GUID partition table";
+    [
+        // Version 1.0: 8 KiB before the end, then down to 4 KiB; 0.90: the last but one whole 64 KiB.
+        (RAID, bytes.checked_sub(8192).map(|at| at & !4095), MD),
+        (RAID, (bytes & !0xffff).checked_sub(1 << 16), MD),
+        (BACKUP, bytes.checked_sub(512), b"EFI PART"),
+        (BACKUP, bytes.checked_sub(4096), b"EFI PART"),
+    ]
+}
+
+/// Something known that the device holds.
 ///
 /// # Errors
 /// The device failed.
-pub(super) async fn find(disk: &VolumeDisk) -> Result<Option<String>, FsError> {
+pub async fn occupant(disk: &VolumeDisk) -> Result<Option<Occupant>, FsError> {
     for ring in RING_STARTS {
         let slots = RING_SLOTS.min(disk.blocks().get().saturating_sub(ring.get()));
         let bytes = disk.read(ring, BlockCount::new(slots)).await?;
         for block in bytes.chunks_exact(BLOCK_SIZE as usize) {
             match Superblock::decode(block) {
-                Ok(superblock) => return Ok(Some(describe(&superblock))),
+                Ok(superblock) => return Ok(Some(Occupant::Pollux(describe(&superblock)))),
                 Err(DecodeError::Empty | DecodeError::NoMagic) => {}
-                Err(_) => return Ok(Some("a Pollux volume".to_owned())),
+                Err(_) => return Ok(Some(Occupant::Pollux("a Pollux volume".to_owned()))),
             }
         }
     }
-    let head = disk.read(BlockNr::new(0), BlockCount::new(HEAD_BLOCKS.min(disk.blocks().get()))).await?;
-    Ok(find_in(&head).map(str::to_owned))
+    let blocks = disk.blocks().get();
+    let head = disk.read(BlockNr::new(0), BlockCount::new(HEAD_BLOCKS.min(blocks))).await?;
+    if let Some(what) = find_in(&head) {
+        return Ok(Some(Occupant::Foreign(what)));
+    }
+    let bytes = disk.raw().geometry().size_bytes();
+    // A rest of less than a block is not looked at.
+    let start = bytes.saturating_sub(TAIL_BYTES) / BLOCK_SIZE;
+    let tail = disk.read(BlockNr::new(start), BlockCount::new(blocks - start)).await?;
+    Ok(find_at_the_end(bytes, start * BLOCK_SIZE, &tail).map(Occupant::Foreign))
+}
+
+/// Looks at the end of a disk of `bytes` bytes: `tail`, which lies at `start`.
+fn find_at_the_end(bytes: u64, start: u64, tail: &[u8]) -> Option<&'static str> {
+    let found = |(_, at, magic): &(&str, Option<u64>, &[u8])| {
+        let offset = at.and_then(|at| usize::try_from(at.checked_sub(start)?).ok());
+        offset.and_then(|offset| tail.get(offset..)).is_some_and(|rest| rest.starts_with(magic))
+    };
+    at_the_end(bytes).into_iter().find(found).map(|(name, ..)| name)
 }
 
 fn find_in(head: &[u8]) -> Option<&'static str> {
@@ -97,5 +152,22 @@ mod tests {
             assert_eq!(find_in(&head), None);
         }
         assert_eq!(find_in(&[]), None);
+    }
+
+    #[test]
+    fn signatures_at_the_end_are_found_there_whatever_the_size() {
+        for bytes in [1 << 20, (1 << 20) + 4096, (1 << 20) + 65_536 - 4096, 1_000_204_886_016] {
+            let start = (bytes - TAIL_BYTES) / BLOCK_SIZE * BLOCK_SIZE;
+            for (name, at, magic) in at_the_end(bytes) {
+                let mut tail = vec![0; usize::try_from(bytes - start).unwrap()];
+                assert_eq!(find_at_the_end(bytes, start, &tail), None);
+                let offset = usize::try_from(at.unwrap() - start).unwrap();
+                tail[offset..offset + magic.len()].copy_from_slice(magic);
+                assert_eq!(find_at_the_end(bytes, start, &tail), Some(name), "{bytes}");
+            }
+        }
+        for bytes in [0, 512, 4096] {
+            assert_eq!(find_at_the_end(bytes, 0, &[]), None);
+        }
     }
 }

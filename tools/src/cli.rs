@@ -11,7 +11,7 @@
 //! | 4, 8 | `fsck` only, as fsck(8): errors found; could not run |
 //!
 //! Rules: with `--json` standard output is one JSON document and nothing else; progress goes to standard error;
-//! nothing ever waits for an answer from a terminal.
+//! only `mkscratch` asks anything, and only on a terminal.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -26,6 +26,7 @@ mod fsck;
 mod identify;
 mod list;
 mod mkfs;
+mod mkscratch;
 mod perf;
 mod serve;
 mod smart;
@@ -61,6 +62,7 @@ pub struct Pollux {
 enum Task {
     Up(up::Up),
     Mkfs(mkfs::Mkfs),
+    Mkscratch(mkscratch::Mkscratch),
     Fsck(fsck::Fsck),
     Dump(dump::Dump),
     List(list::List),
@@ -80,6 +82,7 @@ impl Pollux {
         let outcome = match &self.task {
             Task::Up(up) => up.run(),
             Task::Mkfs(mkfs) => mkfs.run(),
+            Task::Mkscratch(mkscratch) => mkscratch.run(),
             Task::Fsck(fsck) => fsck.run(),
             Task::Dump(dump) => dump.run(),
             Task::List(list) => list.run(),

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fs_core::MountError;
+use fs_core::disk::VolumeDisk;
 use fs_core::format::group::LayoutError;
 use fs_core::mkfs::{self, Force, FormatError, FormatOptions, FormatReport};
 use fs_core::superblock::SuperblockError;
@@ -20,6 +21,7 @@ use reactor::{Clock, Context, CoreId, Options, ReactorConfig, ReactorId, Runtime
 use crate::failure::{During, Failure};
 use crate::quantity::show_size;
 use crate::report::{LatencyReport, QueueReport};
+use crate::scratch::{self, Marker};
 use nvme::spec_string::{EmulatedBacking, EmulatedSpec, Target};
 
 pub use nvme::spec_string::{DeviceSpec, parse_size};
@@ -160,7 +162,22 @@ where
     F: FnOnce(Context) -> Fut,
     Fut: Future<Output = T>,
 {
-    let controller = open(spec)?;
+    over_one_reactor(&open(spec)?, spec, task)
+}
+
+/// As [`on_one_reactor`], over a controller that is up.
+///
+/// # Errors
+/// It gives no queue, or does not shut down.
+pub(crate) fn over_one_reactor<T, F, Fut>(
+    controller: &Arc<Controller>,
+    spec: &DeviceSpec,
+    task: F,
+) -> Result<T, Failure>
+where
+    F: FnOnce(Context) -> Fut,
+    Fut: Future<Output = T>,
+{
     let queue =
         controller.create_queue(&QueueOptions::default()).during(format_args!("cannot use {spec}"))?;
     let outcome = reactor::block_on(Some(Box::new(queue)), Arc::new(SystemClock::new()), seed(), task);
@@ -223,16 +240,30 @@ pub struct Formatting {
     pub force: Force,
 }
 
-/// Makes an empty volume. If that fails, a file that was created for it is removed.
+/// A volume that was made.
+pub struct Formatted {
+    /// What was made.
+    pub report: FormatReport,
+    /// The scratch marker that was on the device and is there again.
+    pub scratch: Option<Marker>,
+}
+
+/// Makes an empty volume. If that fails, a file that was created for it is removed. A scratch marker stays.
 ///
 /// # Errors
 /// Says why not, and what to do.
-pub fn format(spec: &DeviceSpec, formatting: &Formatting) -> Result<FormatReport, Failure> {
+pub fn format(spec: &DeviceSpec, formatting: &Formatting) -> Result<Formatted, Failure> {
     let format = |ctx: Context| async move {
         let bytes = ctx.disk().geometry().size_bytes();
         let shards = formatting.shards.unwrap_or_else(|| default_shards(bytes, default_cores().len()));
         let label = formatting.label.clone();
-        mkfs::format(&ctx, &FormatOptions { shards, label, force: formatting.force }).await
+        let disk = VolumeDisk::new(ctx.disk().clone())?;
+        let scratch = scratch::read_on(&disk).await?;
+        let report = mkfs::format(&ctx, &FormatOptions { shards, label, force: formatting.force }).await?;
+        if let Some(marker) = &scratch {
+            scratch::renew_on(&disk, marker).await?;
+        }
+        Ok(Formatted { report, scratch })
     };
     let created = file(spec).filter(|path| !path.exists());
     let formatted =

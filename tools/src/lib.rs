@@ -15,6 +15,7 @@
 //! | [`load`] | a synthetic load on a raw device |
 //! | `output` | standard output whose reader may have gone |
 //! | [`report`] | what `pollux status` shows |
+//! | [`scratch`] | the marker of drives that tests may overwrite |
 //!
 //! Excludes: the filesystem ([`fs_core`]), the driver ([`nvme`]), the reactors ([`reactor`]).
 
@@ -31,4 +32,5 @@ mod output;
 pub mod polluxd;
 pub mod quantity;
 pub mod report;
+pub mod scratch;
 pub mod signals;

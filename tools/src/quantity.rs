@@ -72,6 +72,31 @@ pub fn show_nanos(nanos: u64) -> String {
     show(nanos as f64 / 1e3, 1000.0, &["us", "ms", "s", "ks"])
 }
 
+/// A moment, in seconds since 1970, as date and time in UTC.
+pub fn show_utc(seconds: u64) -> String {
+    let (mut days, of_day) = (seconds / 86_400, seconds % 86_400);
+    let is_leap =
+        |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    // 400 years have 146,097 days; the loops below are short then.
+    let mut year = 1970 + days / 146_097 * 400;
+    days %= 146_097;
+    while days >= 365 + u64::from(is_leap(year)) {
+        days -= 365 + u64::from(is_leap(year));
+        year += 1;
+    }
+    let february = 28 + u64::from(is_leap(year));
+    let mut month = 1;
+    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30] {
+        if days < length {
+            break;
+        }
+        days -= length;
+        month += 1;
+    }
+    let (hour, minute) = (of_day / 3600, of_day / 60 % 60);
+    format!("{year}-{month:02}-{:02} {hour:02}:{minute:02} UTC", days + 1)
+}
+
 fn show(value: f64, step: f64, units: &[&str]) -> String {
     let mut value = value;
     let mut unit = 0;
@@ -108,6 +133,15 @@ mod tests {
         for text in ["", "a", "1-", "3-1", "1,,2", "99999999"] {
             assert!(parse_cores(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn moments_are_dates_in_utc() {
+        assert_eq!(show_utc(0), "1970-01-01 00:00 UTC");
+        assert_eq!(show_utc(951_782_400 + 3_660), "2000-02-29 01:01 UTC");
+        assert_eq!(show_utc(1_798_761_599), "2026-12-31 23:59 UTC");
+        assert_eq!(show_utc(4_107_542_400), "2100-03-01 00:00 UTC");
+        assert!(show_utc(u64::MAX).ends_with("UTC"));
     }
 
     #[test]

@@ -8,8 +8,20 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-const SUBCOMMANDS: [&str; 13] = [
-    "up", "mkfs", "fsck", "dump", "list", "bind", "unbind", "identify", "smart", "perf", "serve", "status",
+const SUBCOMMANDS: [&str; 14] = [
+    "up",
+    "mkfs",
+    "mkscratch",
+    "fsck",
+    "dump",
+    "list",
+    "bind",
+    "unbind",
+    "identify",
+    "smart",
+    "perf",
+    "serve",
+    "status",
     "sync",
 ];
 

@@ -33,7 +33,7 @@ impl Mkfs {
     pub(super) fn run(&self) -> Result<(), Failure> {
         let force = if self.force { Force::Overwrite } else { Force::Refuse };
         let formatting = Formatting { shards: self.shards, label: self.label.clone(), force };
-        let report = device::format(&self.device, &formatting)?;
+        let device::Formatted { report, scratch } = device::format(&self.device, &formatting)?;
         outln!("{} is an empty volume now", self.device);
         outln!("  uuid    {}", report.uuid);
         outln!("  label   {}", report.label);
@@ -46,6 +46,12 @@ impl Mkfs {
         outln!("  shards  {}", report.shards);
         if let Some(overwritten) = &report.overwritten {
             outln!("  overwritten: {overwritten}");
+        }
+        if scratch.is_some() {
+            outln!(
+                "  it is still marked as a scratch drive, which tests may overwrite; to use it in earnest:"
+            );
+            outln!("  pollux mkscratch --remove --device {}", self.device);
         }
         Ok(())
     }

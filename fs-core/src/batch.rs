@@ -167,6 +167,11 @@ impl<'tree> Batch<'tree> {
         self.freed.push((start, count));
     }
 
+    /// Items put or deleted so far.
+    pub(crate) fn changed(&self) -> u32 {
+        u32::try_from(self.changes.len()).unwrap_or(u32::MAX)
+    }
+
     /// Ends the plan.
     pub(crate) fn finish(self) -> Changes {
         Changes { items: self.changes, committed: self.committed, freed: self.freed }

@@ -10,6 +10,8 @@
 //! | [`write_back`] | which pages are written when; fsync |
 //! | [`size`] | truncation, deletion |
 //! | [`space`] | preallocation, holes, seeking them |
+//! | [`clone`] | files that share blocks |
+//! | [`copy`] | ranges that are copied where they cannot be shared |
 //! | [`extent_map`] | the plans on extents, runs and back-references |
 //! | [`evict`] | the memory limit |
 //!
@@ -46,6 +48,8 @@ use crate::shard::{Inode, Shard};
 use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, InodeNr};
 
 mod apply;
+mod clone;
+mod copy;
 mod evict;
 pub(crate) mod extent_map;
 mod file;

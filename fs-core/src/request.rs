@@ -188,6 +188,41 @@ pub enum SeekWhat {
     Hole,
 }
 
+/// A range of one file that a range of another, or of the same, is to become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CloneRange {
+    /// File whose contents are wanted.
+    pub source: InodeNr,
+    /// First byte in it.
+    pub source_offset: FileOffset,
+    /// File that changes.
+    pub target: InodeNr,
+    /// First byte in it.
+    pub target_offset: FileOffset,
+    /// Bytes; 0 for everything up to the source's end.
+    pub length: u64,
+}
+
+/// What a clone has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cloned {
+    /// Bytes of the target that are now the source's.
+    pub bytes: u64,
+    /// Extents that the two share for it.
+    pub extents: u64,
+}
+
+/// How a file lies on the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExtentSummary {
+    /// Extents, preallocated ones included.
+    pub extents: u64,
+    /// Those of which at least one block belongs to another extent too.
+    pub shared: u64,
+    /// Blocks of all of them.
+    pub blocks: u64,
+}
+
 /// Where a write came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteSource {
@@ -367,6 +402,18 @@ pub enum Request {
         /// What to do.
         mode: AllocateMode,
     },
+    /// Makes a range share its blocks with another; all or nothing. Served by the shard of the target.
+    /// → [`Reply::Cloned`]
+    Clone(CloneRange),
+    /// `copy_file_range(2)`: shares what can be shared, copies what cannot; a length of 0 copies nothing. Served by the
+    /// shard of the target. → [`Reply::Cloned`], of fewer bytes than asked for at the source's end and wherever the way
+    /// of doing it changes; 0 only at the source's end.
+    CopyRange(CloneRange),
+    /// How what was written back of a file lies on the device. → [`Reply::Extents`]
+    CountExtents {
+        /// File.
+        inode: InodeNr,
+    },
     /// → [`Reply::Offset`]
     Seek {
         /// Inode.
@@ -425,4 +472,8 @@ pub enum Reply {
     Space(SpaceReport),
     /// An offset in bytes.
     Offset(u64),
+    /// Figures of a file's extents.
+    Extents(ExtentSummary),
+    /// What was cloned or copied.
+    Cloned(Cloned),
 }

@@ -198,6 +198,10 @@ impl Shard {
                 self.epoch_is_durable(epoch).await;
                 Ok(PeerReply::Done)
             }
+            PeerCall::Read(inode, offset, length) => {
+                self.drain();
+                Ok(PeerReply::Data(self.read(inode, offset, length).await?))
+            }
             PeerCall::FlushData => {
                 self.drain();
                 self.flush_all().await?;
@@ -270,7 +274,7 @@ impl Shard {
     pub(crate) fn new_inode_number(&self) -> InodeNr {
         let sequence = self.next_inode.get();
         self.next_inode.set(sequence + 1);
-        InodeNr::from_parts(self.id, sequence).expect("2⁵⁸ inodes are not made")
+        InodeNr::from_parts(self.id, sequence).expect("2⁵⁶ inodes are not made")
     }
 
     /// Reads one tree node; its contents are not verified here.

@@ -13,6 +13,10 @@ pub const BLOCK_SIZE: u64 = 4096;
 /// Bits of an inode number that name its shard.
 pub const SHARD_BITS: u32 = 6;
 
+/// Bits of an inode number that number a shard's inodes. The two above them are clear: with them the keys of the tree
+/// tell blocks and set-aside contents from inodes.
+pub const SEQUENCE_BITS: u32 = 56;
+
 /// Shards a volume can have.
 pub const MAX_SHARDS: u8 = 1 << SHARD_BITS;
 
@@ -157,9 +161,9 @@ impl InodeNr {
         self.0 >> SHARD_BITS
     }
 
-    /// The inode `sequence` of `shard`; `None` if the sequence does not fit its 58 bits.
+    /// The inode `sequence` of `shard`; `None` if the sequence does not fit its [`SEQUENCE_BITS`].
     pub const fn from_parts(shard: ShardId, sequence: u64) -> Option<Self> {
-        if sequence >> (u64::BITS - SHARD_BITS) != 0 {
+        if sequence >> SEQUENCE_BITS != 0 {
             return None;
         }
         Some(Self(sequence << SHARD_BITS | shard.0 as u64))
@@ -233,8 +237,8 @@ mod tests {
         let shard = ShardId::new(63).unwrap();
         let inode = InodeNr::from_parts(shard, 5).unwrap();
         assert_eq!((inode.shard(), inode.sequence(), inode.get()), (shard, 5, 5 * 64 + 63));
-        assert_eq!(InodeNr::from_parts(shard, (1 << 58) - 1).unwrap().get(), u64::MAX);
-        assert_eq!(InodeNr::from_parts(shard, 1 << 58), None);
+        assert_eq!(InodeNr::from_parts(shard, (1 << 56) - 1).unwrap().get(), u64::MAX >> 2);
+        assert_eq!(InodeNr::from_parts(shard, 1 << 56), None);
     }
 
     #[test]

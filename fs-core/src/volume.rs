@@ -348,6 +348,7 @@ impl Volume {
         let shard = match request {
             Request::StatFs | Request::Sync { scope: SyncScope::Volume, .. } => ShardId::FIRST,
             Request::Link { new_parent, .. } => new_parent.shard(),
+            Request::Clone(range) | Request::CopyRange(range) => range.target.shard(),
             Request::Lookup { parent: inode, .. }
             | Request::Create { parent: inode, .. }
             | Request::Unlink { parent: inode, .. }
@@ -367,6 +368,7 @@ impl Volume {
             | Request::ListXattr { inode }
             | Request::RemoveXattr { inode, .. }
             | Request::Allocate { inode, .. }
+            | Request::CountExtents { inode }
             | Request::Seek { inode, .. } => inode.shard(),
         };
         if self.shared.is_stopping() {

@@ -142,6 +142,17 @@ pub(crate) fn data_segments(batch: &Batch<'_>, inode: InodeNr, range: Range<u64>
     Ok(segments)
 }
 
+/// Whether another extent covers a block of `mapped` too.
+pub(crate) fn is_shared(batch: &Batch<'_>, inode: InodeNr, mapped: &Mapped) -> Plan<bool> {
+    let mut runs = Runs::of(batch, inode, mapped);
+    while runs.position < mapped.extent.blocks.get() {
+        if runs.next()?.2.references > 1 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Adds the piece `range` of `mapped` to `segments`, to the last one if it goes on there on the device too.
 fn append_segment(
     batch: &Batch<'_>,
@@ -396,5 +407,8 @@ fn damaged(what: &str, block: BlockNr, inode: InodeNr) -> FsError {
     FsError::Damaged { what: what.to_owned(), block: Some(block), inode: Some(inode) }
 }
 
+mod share;
 #[cfg(test)]
 mod tests;
+
+pub(crate) use share::{SET_ASIDE_ITEMS, SHARE_ITEMS, set_aside, share};

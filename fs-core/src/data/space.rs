@@ -1,6 +1,6 @@
 //! Space inside a file: preallocation, holes, and finding them.
 //!
-//! Owns: [`Shard::allocate`] (`fallocate(2)`) and [`Shard::seek`] (SEEK_DATA, SEEK_HOLE).
+//! Owns: [`Shard::allocate`] (`fallocate(2)`), [`Shard::seek`] (SEEK_DATA, SEEK_HOLE) and [`Shard::count_extents`].
 //!
 //! A hole is punched in whole blocks; what the range covers of its first and last block is overwritten with zeroes
 //! like any write. Preallocated blocks are taken when `fallocate` is called, so a later write of them needs no new
@@ -20,14 +20,16 @@ use crate::error::FsError;
 use crate::format::extent::{ExtentKind, MAX_RUN_BLOCKS};
 use crate::locks::{LockOrder, RangeGuard};
 use crate::namespace::inode::store;
-use crate::request::{AllocateMode, SeekWhat};
+use crate::request::{AllocateMode, ExtentSummary, SeekWhat};
 use crate::shard::transact::Credit;
 use crate::shard::{Inode, Shard};
 use crate::types::{BLOCK_SIZE, BlockCount, FileOffset, Generation, InodeNr};
 
 use super::NODES_PER_WRITE;
 use super::apply::{MmapLock, load_regular};
-use super::extent_map::{INSERT_ITEMS, ItemBudget, NewExtent, drop_range, insert_extent, next_extent};
+use super::extent_map::{
+    INSERT_ITEMS, ItemBudget, NewExtent, drop_range, insert_extent, is_shared, next_extent,
+};
 use super::file::{bytes_of, pages_of, within_page};
 use super::queue::Charge;
 
@@ -245,6 +247,35 @@ impl Shard {
         found
     }
 
+    /// Counts the extents of a file.
+    ///
+    /// # Errors
+    /// What the inode is; failures of the device.
+    pub(crate) async fn count_extents(self: &Rc<Self>, nr: InodeNr) -> Result<ExtentSummary, FsError> {
+        let inode = self.inode(nr);
+        let counted = self.count_extents_of(&inode).await;
+        drop(inode);
+        self.release_inode(nr);
+        counted
+    }
+
+    async fn count_extents_of(&self, inode: &Rc<Inode>) -> Result<ExtentSummary, FsError> {
+        let _range = inode.ranges.shared(0..u64::MAX, &mut LockOrder::new()).await;
+        self.view(|batch| load_regular(batch, inode.nr)).await?;
+        let mut summary = ExtentSummary::default();
+        let mut next = Some(0);
+        while let Some(from) = next {
+            let counted = self.view(|batch| count_some(batch, inode.nr, from)).await;
+            let (some, rest) = counted?;
+            summary.extents += some.extents;
+            summary.shared += some.shared;
+            summary.blocks += some.blocks;
+            next = rest;
+            self.ctx.yield_now().await;
+        }
+        Ok(summary)
+    }
+
     async fn seek_in(&self, inode: &Rc<Inode>, offset: u64, what: SeekWhat) -> Result<u64, FsError> {
         let start = offset - offset % BLOCK_SIZE;
         let _range = inode.ranges.shared(start..u64::MAX, &mut LockOrder::new()).await;
@@ -282,6 +313,19 @@ impl Shard {
             }
         }
     }
+}
+
+/// Counts [`EXTENTS_PER_VIEW`] extents from `from` on; also where to go on.
+fn count_some(batch: &Batch<'_>, inode: InodeNr, from: u64) -> Plan<(ExtentSummary, Option<u64>)> {
+    let (mut summary, mut at) = (ExtentSummary::default(), from);
+    for _ in 0..EXTENTS_PER_VIEW {
+        let Some(mapped) = next_extent(batch, inode, at)? else { return Ok((summary, None)) };
+        summary.extents += 1;
+        summary.shared += u64::from(is_shared(batch, inode, &mapped)?);
+        summary.blocks += mapped.extent.blocks.get();
+        at = mapped.end();
+    }
+    Ok((summary, Some(at)))
 }
 
 fn plan_punch(batch: &mut Batch<'_>, inode: &Inode, range: Range<u64>) -> Plan<(u64, u64, u64)> {

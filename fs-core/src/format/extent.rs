@@ -5,7 +5,7 @@
 //!
 //! | item | key (object, kind, offset, minor) | value |
 //! |---|---|---|
-//! | extent | inode, [`EXTENT`], file offset in bytes, 0 | [`RawExtent`] |
+//! | extent | inode (or [`SET_ASIDE`] + inode), [`EXTENT`], file offset in bytes, 0 | [`RawExtent`] |
 //! | run | [`PHYSICAL`] + first block, [`RUN`], 0, 0 | [`RawRun`], then the CRC32C of each block (none if preallocated) |
 //! | back-reference | [`PHYSICAL`] + first block, [`BACKREF`], inode, file offset in bytes | [`RawBackref`] |
 //!
@@ -18,6 +18,9 @@
 //! - no byte of a block behind the end of its file is other than zero;
 //! - a run has checksums exactly if its extents hold data; preallocated blocks have never been written and read as
 //!   zeroes.
+//!
+//! - extents set aside exist only while their inode has an intent `Clone` or `DropReplaced`; in everything else they
+//!   are extents like others.
 //!
 //! Every byte is input: decoding never panics and never allocates more than the value's own length.
 //!
@@ -44,6 +47,9 @@ pub const BACKREF: ItemKind = ItemKind::new(0x84);
 
 /// Set in the object of items that belong to a block of the volume; the rest is the block's number.
 pub const PHYSICAL: u64 = 1 << 63;
+
+/// Set in the object of extents that a clone has set aside; the rest is the inode whose extents they were.
+pub const SET_ASIDE: u64 = 1 << 62;
 
 /// Most blocks of an extent or a run: 1 MiB. A run's item then takes 1,040 bytes.
 pub const MAX_RUN_BLOCKS: u64 = 256;
@@ -276,6 +282,16 @@ impl Backref {
 /// Key of the extent of `inode` at file offset `offset` in bytes.
 pub(crate) fn extent_key(inode: InodeNr, offset: u64) -> Key {
     Key::new(inode.get(), EXTENT, offset, 0)
+}
+
+/// The object that keeps what a clone replaces of `inode`, until the clone is whole.
+pub(crate) fn set_aside_of(inode: InodeNr) -> InodeNr {
+    InodeNr::new(inode.get() | SET_ASIDE)
+}
+
+/// The inode whose replaced contents `object` keeps, if it is such an object.
+pub(crate) fn owner_of_set_aside(object: InodeNr) -> Option<InodeNr> {
+    (object.get() & SET_ASIDE != 0).then(|| InodeNr::new(object.get() & !SET_ASIDE))
 }
 
 /// Key of the run that begins at `start`.

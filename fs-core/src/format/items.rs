@@ -35,7 +35,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::error::FsError;
 use crate::format::node::{ItemKind, Key, MAX_VALUE};
 use crate::request::FileKind;
-use crate::types::{Generation, InodeNr};
+use crate::types::{BLOCK_SIZE, Generation, InodeNr};
 
 /// Kind of an intent: an operation that takes several transactions and is finished after a crash.
 pub const INTENT: ItemKind = ItemKind::new(0x08);
@@ -151,12 +151,14 @@ pub struct RawInode {
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct RawIntent {
-    /// 1: `Intent::Orphan`, 2: `Intent::Truncate`; as the key's minor.
+    /// 1: `Intent::Orphan`, 2: `Intent::Truncate`, 3: `Intent::Clone`, 4: `Intent::DropReplaced`; as the key's minor.
     pub code: u8,
     /// Zero.
     pub reserved: [u8; 7],
-    /// Truncate: the size in bytes. Zero otherwise.
+    /// Truncate: the size in bytes. Clone: first byte of what is replaced. Zero otherwise.
     pub argument: U64,
+    /// Clone: end of what is replaced so far. Zero otherwise.
+    pub end: U64,
 }
 
 /// Head of an attribute; name and value follow.
@@ -201,7 +203,7 @@ const _: () = assert!(size_of::<RawTime>() == 12);
 const _: () = assert!(size_of::<RawInode>() == 136 && std::mem::offset_of!(RawInode, accessed) == 48);
 const _: () =
     assert!(std::mem::offset_of!(RawInode, parent) == 96 && std::mem::offset_of!(RawInode, reserved) == 120);
-const _: () = assert!(size_of::<RawIntent>() == 16);
+const _: () = assert!(size_of::<RawIntent>() == 24);
 const _: () = assert!(size_of::<RawXattr>() == 4);
 const _: () = assert!(size_of::<RawHashEntry>() == 18 && size_of::<RawSequenceEntry>() == 9);
 
@@ -409,6 +411,15 @@ pub(crate) enum Intent {
     Orphan,
     /// What lies behind this size, in bytes, is being dropped.
     Truncate(u64),
+    /// Contents are being replaced by a clone; these bytes are, and what they held is set aside. To be undone.
+    Clone {
+        /// First byte.
+        start: u64,
+        /// Where what is replaced so far ends.
+        end: u64,
+    },
+    /// What a clone set aside is being dropped.
+    DropReplaced,
 }
 
 impl Intent {
@@ -416,6 +427,8 @@ impl Intent {
         match self {
             Self::Orphan => 1,
             Self::Truncate(_) => 2,
+            Self::Clone { .. } => 3,
+            Self::DropReplaced => 4,
         }
     }
 
@@ -428,20 +441,30 @@ impl Intent {
         if raw.reserved != [0; 7] {
             return Err(ItemError::Reserved);
         }
-        match (raw.code, raw.argument.get()) {
-            (1, 0) => Ok(Self::Orphan),
-            (2, size) => Ok(Self::Truncate(size)),
+        match (raw.code, raw.argument.get(), raw.end.get()) {
+            (1, 0, 0) => Ok(Self::Orphan),
+            (2, size, 0) => Ok(Self::Truncate(size)),
+            (3, start, end)
+                if start <= end
+                    && end <= crate::MAX_FILE_SIZE
+                    && (start | end).is_multiple_of(BLOCK_SIZE) =>
+            {
+                Ok(Self::Clone { start, end })
+            }
+            (4, 0, 0) => Ok(Self::DropReplaced),
             _ => Err(ItemError::Intent),
         }
     }
 
     /// The intent as it is stored.
     pub(crate) fn encode(self) -> Vec<u8> {
-        let argument = match self {
-            Self::Orphan => 0,
-            Self::Truncate(size) => size,
+        let (argument, end) = match self {
+            Self::Orphan | Self::DropReplaced => (0, 0),
+            Self::Truncate(size) => (size, 0),
+            Self::Clone { start, end } => (start, end),
         };
-        let raw = RawIntent { code: self.code(), reserved: [0; 7], argument: argument.into() };
+        let raw =
+            RawIntent { code: self.code(), reserved: [0; 7], argument: argument.into(), end: end.into() };
         raw.as_bytes().to_vec()
     }
 }

@@ -99,6 +99,9 @@ findings! {
     UnknownItem { shard: ShardId, key: Key } => "shard {shard}: item {key} is of no known kind",
     /// An item where no item may be: of another shard, or with a number in its key that must be zero.
     StrayItem { shard: ShardId, key: Key } => "shard {shard}: item {key} does not belong there",
+    /// Extents that a clone has set aside, and no clone that would need them.
+    SetAside { shard: ShardId, inode: InodeNr } =>
+        "shard {shard}: extents of inode {inode} are set aside, and no clone needs them",
     /// Items of an inode that has no record.
     NoInode { shard: ShardId, inode: InodeNr } => "shard {shard}: inode {inode} has items and no record",
     /// An item that inodes of this kind do not have.

@@ -50,6 +50,15 @@ impl Intents {
         self.of(inode).any(|intent| matches!(intent, Intent::Truncate(_)))
     }
 
+    pub(super) fn clones(&self, inode: InodeNr) -> bool {
+        self.of(inode).any(|intent| matches!(intent, Intent::Clone { .. }))
+    }
+
+    /// Whether something of the inode may be set aside.
+    pub(super) fn sets_aside(&self, inode: InodeNr) -> bool {
+        self.of(inode).any(|intent| matches!(intent, Intent::Clone { .. } | Intent::DropReplaced))
+    }
+
     fn is_orphan(&self, inode: InodeNr) -> bool {
         self.of(inode).any(|intent| intent == Intent::Orphan)
     }
@@ -167,7 +176,7 @@ impl Names {
                 (Some(summary), Intent::Orphan) if summary.links > 0 => {
                     findings.add(Finding::WrongIntent { inode });
                 }
-                (Some(summary), Intent::Truncate(_)) if summary.kind != FileKind::Regular => {
+                (Some(summary), intent) if *intent != Intent::Orphan && summary.kind != FileKind::Regular => {
                     findings.add(Finding::WrongIntent { inode });
                 }
                 (Some(_), _) => {}

@@ -175,6 +175,9 @@ impl Scan {
             self.open = Some(OpenInode::new(nr));
         }
         let single = key.kind == INODE || key.kind == SYMLINK;
+        if extent::owner_of_set_aside(nr).is_some() && key.kind != EXTENT {
+            return self.stray(key, tables);
+        }
         if nr.shard() != self.shard || key.minor != 0 || single && key.offset != 0 {
             return self.stray(key, tables);
         }
@@ -219,6 +222,12 @@ impl Scan {
         if open.nr.shard() != self.shard {
             return;
         }
+        if let Some(owner) = extent::owner_of_set_aside(open.nr) {
+            if !self.intents.sets_aside(owner) {
+                tables.findings.add(Finding::SetAside { shard: self.shard, inode: owner });
+            }
+            return;
+        }
         let Some(record) = &open.record else {
             if open.damaged {
                 self.inodes += 1;
@@ -231,7 +240,8 @@ impl Scan {
         self.inodes += 1;
         self.highest = Some(open.nr);
         tables.counts.inodes += 1;
-        open.check(record, self.intents.truncates(open.nr), tables);
+        let unfinished = self.intents.truncates(open.nr) || self.intents.clones(open.nr);
+        open.check(record, unfinished, tables);
         tables.names.inode(InodeSummary {
             nr: open.nr,
             kind: record.kind,
@@ -361,7 +371,7 @@ impl OpenInode {
     }
 
     /// Compares the record with what was counted. An inode that is being deleted may have lost part of its items.
-    fn check(&self, record: &InodeRecord, truncating: bool, tables: &mut Tables<'_>) {
+    fn check(&self, record: &InodeRecord, unfinished: bool, tables: &mut Tables<'_>) {
         let (inode, size) = (self.nr, record.size);
         let mut add = |finding| tables.findings.add(finding);
         if record.blocks != self.blocks {
@@ -371,7 +381,7 @@ impl OpenInode {
             add(Finding::InodeSize { inode, size });
         }
         let named = record.links > 0;
-        if let Some(offset) = self.behind_end.filter(|_| named && !truncating) {
+        if let Some(offset) = self.behind_end.filter(|_| named && !unfinished) {
             add(Finding::ExtentBehindEnd { inode, offset, size });
         }
         if named && u64::from(record.xattr_names) != self.attribute_names {

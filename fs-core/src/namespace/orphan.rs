@@ -121,6 +121,7 @@ impl Shard {
 
     async fn delete_items(self: &Rc<Self>, inode: InodeNr) -> Result<(), FsError> {
         self.drop_all_extents(inode).await?;
+        self.drop_set_aside(inode).await?;
         let credit = Credit::reserve(XATTRS_AT_ONCE);
         while self.transact(credit, |batch| xattr::delete_some(batch, inode, XATTRS_AT_ONCE)).await? {}
         self.transact(Credit::reserve(FINAL_ITEMS), |batch| delete_record(batch, inode)).await
@@ -133,6 +134,7 @@ impl Shard {
     /// # Errors
     /// What stood against reading the intents.
     pub(crate) async fn recover_orphans(self: &Rc<Self>) -> Result<(), FsError> {
+        let mut orphans = Vec::new();
         let mut next = Some(Key::new(0, INTENT, 0, 0));
         while let Some(from) = next {
             let found = self.view(|batch| intents(batch, from)).await?;
@@ -140,21 +142,29 @@ impl Shard {
             for (key, intent) in found {
                 let inode = InodeNr::new(key.offset);
                 match intent {
-                    Intent::Orphan => self.delete_later(inode),
-                    Intent::Truncate(size) => self.finish_truncation_later(inode, size)?,
+                    Intent::Orphan => orphans.push(inode),
+                    interrupted => self.recover_later(inode, interrupted)?,
                 }
             }
         }
+        // A deletion waits for whoever has its inode locked: by now that is what was interrupted.
+        orphans.into_iter().for_each(|inode| self.delete_later(inode));
         Ok(())
     }
 
-    /// Begins to finish a truncation: its locks, which nobody holds yet, are taken in the first step.
-    fn finish_truncation_later(self: &Rc<Self>, inode: InodeNr, size: u64) -> Result<(), FsError> {
+    /// Begins to end an interrupted operation: its locks, which nobody holds yet, are taken in the first step.
+    fn recover_later(self: &Rc<Self>, inode: InodeNr, interrupted: Intent) -> Result<(), FsError> {
         let shard = Rc::clone(self);
         let mut finish = Box::pin(async move {
-            if let Err(error) = shard.finish_truncation(inode, size).await {
-                // What was cut off would be seen again if the file grew.
-                shard.volume.fail(&format!("truncation of inode {inode} could not be finished: {error}"));
+            let recovered = match interrupted {
+                Intent::Orphan => Ok(()),
+                Intent::Truncate(size) => shard.finish_truncation(inode, size).await,
+                Intent::Clone { start, end } => shard.undo_clone_after_crash(inode, start..end).await,
+                Intent::DropReplaced => shard.drop_set_aside_after_crash(inode).await,
+            };
+            if let Err(error) = recovered {
+                // What was cut off would be seen again if the file grew, and half a clone is seen already.
+                shard.volume.fail(&format!("inode {inode}: {interrupted:?} could not be ended: {error}"));
             }
             shard.release_inode(inode);
         });

@@ -109,6 +109,9 @@ impl Shard {
                 self.allocate(inode, offset, length, mode).await?;
                 Ok(Reply::Done)
             }
+            Request::CountExtents { inode } => self.count_extents(inode).await.map(Reply::Extents),
+            Request::Clone(range) => self.clone_range(range).await.map(Reply::Cloned),
+            Request::CopyRange(range) => self.copy_range(range).await.map(Reply::Cloned),
             Request::Seek { inode, offset, what } => self.seek(inode, offset, what).await.map(Reply::Offset),
             _ => Err(FsError::NotSupported),
         }

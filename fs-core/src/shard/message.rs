@@ -11,7 +11,7 @@ use crate::alloc::GroupTransfer;
 use crate::error::FsError;
 use crate::namespace::{NamespaceCall, NamespaceReply};
 use crate::request::{Reply, Request};
-use crate::types::{Epoch, ShardId};
+use crate::types::{Epoch, FileOffset, InodeNr, ShardId};
 use crate::volume::ShardReport;
 
 use super::Shard;
@@ -35,6 +35,8 @@ pub(crate) enum PeerCall {
     Checkpoint(Epoch),
     /// This epoch is durable. → [`PeerReply::Done`]
     Durable(Epoch),
+    /// Read a file's bytes: inode, first byte, length. → [`PeerReply::Data`]
+    Read(InodeNr, FileOffset, u32),
     /// Write all data accepted before now. → [`PeerReply::Done`]
     FlushData,
     /// Wait until unlinked inodes that nobody uses are deleted. → [`PeerReply::Done`]
@@ -56,6 +58,8 @@ pub(crate) enum PeerCall {
 pub(crate) enum PeerReply {
     /// Done.
     Done,
+    /// Bytes.
+    Data(Vec<u8>),
     /// The shard's root as of the epoch.
     Frozen(ShardRoot),
     /// A group, if one could be spared.

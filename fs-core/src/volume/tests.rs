@@ -10,6 +10,7 @@ use crate::mkfs::{Force, FormatOptions, format};
 use crate::request::{Attributes, Caller, FileKind, NewInode, RenameMode};
 
 mod client;
+mod clone;
 mod crash;
 mod faults;
 mod full;

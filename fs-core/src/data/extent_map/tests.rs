@@ -147,36 +147,56 @@ impl Bench {
         }
     }
 
-    /// Lets the other file share a data extent, as a clone will.
-    fn share(&mut self, file: usize, first: u64) {
-        let mapped = self.commit(|batch| next_extent(batch, FILES[file], first * BLOCK_SIZE));
-        let Some(mapped) = mapped.filter(|mapped| mapped.extent.kind == ExtentKind::Data) else { return };
+    /// Lets a file share what the other has in a range, as a clone does, and checks after every step.
+    fn share(&mut self, file: usize, first: u64, blocks: u64, to: u64) {
         let other = 1 - file;
-        let (from, blocks) = (mapped.offset / BLOCK_SIZE, mapped.extent.blocks.get());
-        // What the other file has there may be the same blocks: the reference is added before.
-        self.commit(|batch| {
-            let mut position = 0;
-            while position < blocks {
-                let (at, start, mut run) =
-                    Runs { batch, inode: FILES[file], mapped: &mapped, position }.next()?;
-                run.references += 1;
-                batch.put(run_key(start), run.encode());
-                position = at + run.blocks.get();
-            }
-            Ok(())
-        });
-        let mut at = mapped.offset;
-        while at < mapped.end() {
-            let mut items = ItemBudget::new(1000);
-            at = self.commit(|batch| drop_range(batch, FILES[other], at..mapped.end(), &mut items)).up_to;
+        self.drop_blocks(other, to, blocks, 0);
+        let (from, end) = (first * BLOCK_SIZE, (first + blocks) * BLOCK_SIZE);
+        let mut at = from;
+        while at < end {
+            let offset = to * BLOCK_SIZE + (at - from);
+            let shared = self.commit(|batch| {
+                let shared = share(batch, FILES[file], &(at..end), FILES[other], offset)?;
+                assert!(batch.changed() <= SHARE_ITEMS, "{} items", batch.changed());
+                Ok(shared)
+            });
+            assert!(shared.up_to > at && shared.up_to <= end, "every step gets somewhere");
+            let step = at / BLOCK_SIZE..shared.up_to / BLOCK_SIZE;
+            let data: Vec<(u64, Block)> = self.files[file]
+                .range(step)
+                .filter(|(_, block)| matches!(block, Block::Data { .. }))
+                .map(|(index, block)| (index - first + to, *block))
+                .collect();
+            assert_eq!(shared.blocks, data.len() as u64);
+            self.files[other].extend(data);
+            at = shared.up_to;
+            self.check();
         }
-        self.commit(|batch| {
-            put_reference(batch, FILES[other], mapped.offset, &mapped.extent);
-            Ok(())
-        });
-        for block in from..from + blocks {
-            let shared = self.files[file][&block];
-            self.files[other].insert(block, shared);
+    }
+
+    /// Moves what a file has in a range to the other, which has nothing there, as a clone sets it aside.
+    fn set_aside(&mut self, file: usize, first: u64, blocks: u64) {
+        let other = 1 - file;
+        self.drop_blocks(other, first, blocks, 0);
+        let (mut at, end) = (first * BLOCK_SIZE, (first + blocks) * BLOCK_SIZE);
+        while at < end {
+            let moved = self.commit(|batch| {
+                let moved = set_aside(batch, FILES[file], FILES[other], &(at..end))?;
+                assert!(batch.changed() <= SET_ASIDE_ITEMS, "{} items", batch.changed());
+                Ok(moved)
+            });
+            let (up_to, count) = moved.unwrap_or((end, 0));
+            let piece: Vec<(u64, Block)> = self.files[file]
+                .range(at / BLOCK_SIZE..up_to / BLOCK_SIZE)
+                .map(|(index, block)| (*index, *block))
+                .collect();
+            assert_eq!(count, piece.len() as u64);
+            for (index, block) in piece {
+                self.files[file].remove(&index);
+                self.files[other].insert(index, block);
+            }
+            at = up_to;
+            self.check();
         }
     }
 
@@ -244,7 +264,8 @@ enum Step {
     Preallocate,
     Fill,
     Drop(u32),
-    Share,
+    Share(u64),
+    SetAside,
 }
 
 fn step() -> impl Strategy<Value = (Step, usize, u64, u64)> {
@@ -253,7 +274,8 @@ fn step() -> impl Strategy<Value = (Step, usize, u64, u64)> {
         2 => Just(Step::Preallocate),
         2 => Just(Step::Fill),
         3 => (0..30u32).prop_map(Step::Drop),
-        2 => Just(Step::Share),
+        4 => (0..FILE_BLOCKS - 24).prop_map(Step::Share),
+        2 => Just(Step::SetAside),
     ];
     (kind, 0..2usize, 0..FILE_BLOCKS - 24, 1..24u64)
 }
@@ -270,7 +292,8 @@ proptest! {
                 Step::Preallocate => bench.insert(file, first, blocks, ExtentKind::Preallocated),
                 Step::Fill => bench.fill(file, first, blocks),
                 Step::Drop(budget) => bench.drop_blocks(file, first, blocks, budget),
-                Step::Share => bench.share(file, first),
+                Step::Share(to) => bench.share(file, first, blocks, to),
+                Step::SetAside => bench.set_aside(file, first, blocks),
             }
             bench.check();
         }

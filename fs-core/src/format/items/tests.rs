@@ -96,11 +96,23 @@ fn attributes_survive_encoding() {
 
 #[test]
 fn intents_survive_encoding() {
-    for intent in [Intent::Orphan, Intent::Truncate(0), Intent::Truncate(u64::MAX)] {
+    let clone = |start, end| Intent::Clone { start, end };
+    for intent in [
+        Intent::Orphan,
+        Intent::Truncate(0),
+        Intent::Truncate(u64::MAX),
+        clone(0, 0),
+        clone(4096, 1 << 40),
+        Intent::DropReplaced,
+    ] {
         assert_eq!(Intent::decode(&intent.encode()), Ok(intent));
     }
-    assert_eq!(Intent::decode(&[0; 16]), Err(ItemError::Intent));
-    assert_eq!(Intent::decode(&[1; 16]), Err(ItemError::Reserved));
+    for impossible in [clone(4096, 0), clone(1, 4096), clone(0, 4095), clone(0, 1 << 63)] {
+        assert_eq!(Intent::decode(&impossible.encode()), Err(ItemError::Intent));
+    }
+    assert_eq!(Intent::decode(&[0; 24]), Err(ItemError::Intent));
+    assert_eq!(Intent::decode(&[1; 24]), Err(ItemError::Reserved));
+    assert_eq!(Intent::decode(&[1; 16]), Err(ItemError::Length));
 }
 
 /// Every prefix and every changed byte of every item: an answer or an error, never a panic.

@@ -13,8 +13,8 @@ use super::history::{Clears, History};
 use super::model::{EXPLICIT_TIMES, Made, Model, NodeId, Op, TOP};
 use super::*;
 use crate::request::{
-    AllocateMode, AttributeChange, Caller, FileKind, NewInode, RenameMode, SeekWhat, SetXattrMode, SyncScope,
-    TimeChange,
+    AllocateMode, AttributeChange, Caller, CloneRange, FileKind, NewInode, RenameMode, SeekWhat,
+    SetXattrMode, SyncScope, TimeChange,
 };
 use crate::types::BLOCK_SIZE;
 
@@ -190,6 +190,22 @@ impl Client {
 
     /// A range that was to be zeroed may have been zeroed in part when space ran out.
     async fn adopt_refused(&mut self, op: &Op) {
+        if let Op::Copy { node, offset, .. } = op {
+            let mut after = self.model.clone();
+            assert_eq!(after.apply(op), Ok(()));
+            let (old, new) = (&self.model.node(*node).contents, &after.node(*node).contents);
+            let found = read(&self.volume, self.inodes[node], 0, new.size as u32).await;
+            let (old, new) = (old.read(0, u64::MAX), new.read(0, u64::MAX));
+            assert!(found.len() >= old.len() && found.len() <= new.len(), "{}", brief(op));
+            let legal = |at: usize| found[at] == new[at] || old.get(at).map_or(0, |old| *old) == found[at];
+            assert!((0..found.len()).all(legal), "{} left something foreign", brief(op));
+            let from = (*offset as usize).min(found.len());
+            if found != old {
+                let adopted = Op::Write { node: *node, offset: from as u64, data: found[from..].into() };
+                assert_eq!(self.model.apply(&adopted), Ok(()));
+            }
+            return;
+        }
         let Op::Allocate { node, offset, length, .. } = op else { return };
         let old = self.model.node(*node).contents.read(*offset, *length);
         let found = read(&self.volume, self.inodes[node], *offset, old.len() as u32).await;
@@ -210,6 +226,7 @@ impl Client {
             | Op::RemoveDirectory { parent, .. }
             | Op::Rename { parent, .. } => vec![*parent],
             Op::Link { node, parent, .. } => vec![*node, *parent],
+            Op::Copy { source, node, .. } => vec![*source, *node],
             Op::Write { node, .. }
             | Op::Truncate { node, .. }
             | Op::Allocate { node, .. }
@@ -257,6 +274,17 @@ impl Client {
         let request = match op {
             Op::Write { node, offset, data } => {
                 return write_all(&self.volume, self.inodes[node], *offset, data).await.map(|()| None);
+            }
+            Op::Copy { source, from, node, offset, length } => {
+                let range = CloneRange {
+                    source: self.inodes[source],
+                    source_offset: FileOffset::new(*from),
+                    target: self.inodes[node],
+                    target_offset: FileOffset::new(*offset),
+                    // A copy that makes its own source longer would go on there.
+                    length: (*length).min(self.model.node(*source).contents.size.saturating_sub(*from)),
+                };
+                return copy_all(&self.volume, range).await.map(|()| None);
             }
             _ => self.request(op),
         };
@@ -328,7 +356,7 @@ impl Client {
             Op::Forget { node } => {
                 Request::Forget { inode: at(node), lookups: self.lookups.get(node).copied().unwrap_or(0) }
             }
-            Op::Write { .. } => unreachable!("writes take the short way"),
+            Op::Write { .. } | Op::Copy { .. } => unreachable!("these have ways of their own"),
         }
     }
 
@@ -336,7 +364,9 @@ impl Client {
     async fn check_after(&mut self, op: &Op, before: &Model) -> Ending {
         let checked = match op {
             Op::Write { node, offset, data } => self.check_range(*node, *offset, data.len() as u64).await,
-            Op::Allocate { node, offset, length, .. } => self.check_range(*node, *offset, *length).await,
+            Op::Allocate { node, offset, length, .. } | Op::Copy { node, offset, length, .. } => {
+                self.check_range(*node, *offset, *length).await
+            }
             Op::Truncate { node, size } => self.check_range(*node, *size, BLOCK_SIZE).await,
             Op::SetXattr { node, name, .. } | Op::RemoveXattr { node, name } => {
                 self.check_xattr(*node, name).await
@@ -578,7 +608,8 @@ impl Client {
                 let node = self.rng.pick(&files)?;
                 self.random_write(node)
             }
-            64..70 => Op::Truncate { node: self.rng.pick(&files)?, size: self.random_offset() },
+            64..67 => self.random_copy(&files)?,
+            67..70 => Op::Truncate { node: self.rng.pick(&files)?, size: self.random_offset() },
             70..76 => {
                 let modes = [
                     AllocateMode::Extend,
@@ -644,6 +675,19 @@ impl Client {
             1 => 0,
             _ => block + self.rng.below(BLOCK_SIZE),
         }
+    }
+
+    fn random_copy(&mut self, files: &[NodeId]) -> Option<Op> {
+        let (source, node) = (self.rng.pick(files)?, self.rng.pick(files)?);
+        let block = |offset: u64| offset - offset % BLOCK_SIZE;
+        let (mut from, mut offset) = (self.random_offset(), self.random_offset());
+        let mut length = 1 + self.rng.below(12 * BLOCK_SIZE);
+        match self.rng.below(4) {
+            0 => {}
+            1 => (from, offset, length) = (0, 0, 1 << 20),
+            _ => (from, offset, length) = (block(from), block(offset), length.next_multiple_of(BLOCK_SIZE)),
+        }
+        Some(Op::Copy { source, from, node, offset, length })
     }
 
     fn random_write(&mut self, node: NodeId) -> Op {
@@ -720,6 +764,22 @@ pub(super) async fn list(
         listed.extend(entries.into_iter().filter(|entry| !matches!(&*entry.name, b"." | b"..")));
     }
     Ok(listed)
+}
+
+/// Copies all of a range, as far as the source goes.
+pub(super) async fn copy_all(volume: &Volume, mut range: CloneRange) -> Result<(), FsError> {
+    loop {
+        let copied = match volume.call(Request::CopyRange(range)).await? {
+            Reply::Cloned(copied) => copied.bytes,
+            other => panic!("copy: {other:?}"),
+        };
+        range.length -= copied;
+        if copied == 0 || range.length == 0 {
+            return Ok(());
+        }
+        range.source_offset = range.source_offset.checked_add(copied).expect("copies end within files");
+        range.target_offset = range.target_offset.checked_add(copied).expect("copies end within files");
+    }
 }
 
 /// Writes all of `data`, on the short way if there is room.

@@ -55,16 +55,16 @@ struct CrashState {
 }
 
 /// Collects crash states of a running disk.
-struct Collector {
+pub(super) struct Collector {
     states: RefCell<Vec<CrashState>>,
-    recording: Cell<bool>,
+    pub(super) recording: Cell<bool>,
     subsets: usize,
     seed: u64,
 }
 
 impl Collector {
     /// Watches `disk`, beside which `history` is made.
-    fn watch(disk: &SimDisk, history: &Rc<RefCell<History>>, seed: u64) -> Rc<Self> {
+    pub(super) fn watch(disk: &SimDisk, history: &Rc<RefCell<History>>, seed: u64) -> Rc<Self> {
         let collector = Rc::new(Self {
             states: RefCell::default(),
             recording: Cell::new(false),
@@ -78,6 +78,11 @@ impl Collector {
             }
         });
         collector
+    }
+
+    /// The states so far: which write it was, and what was left.
+    pub(super) fn states(&self) -> Vec<(String, DiskImage)> {
+        self.states.take().into_iter().map(|state| (state.what, state.image)).collect()
     }
 
     fn collect(&self, disk: &SimDisk, mark: &Mark) {
@@ -270,6 +275,9 @@ fn alphabet() -> Vec<Op> {
         bytes(5, FILE, 100, 9000),
         bytes(6, FILE, 5 * 4096 + 1000, 3000),
         bytes(7, FILE, 20 * 4096, 300),
+        Op::Copy { source: FILE, from: 0, node: OLD, offset: 0, length: 1 << 20 },
+        Op::Copy { source: FILE, from: 4096, node: FILE, offset: 8 * 4096, length: 2 * 4096 },
+        Op::Copy { source: UNSAVED, from: 0, node: FILE, offset: 4096, length: 4096 },
         Op::Truncate { node: FILE, size: 5000 },
         Op::Truncate { node: FILE, size: 0 },
         Op::Truncate { node: OLD, size: 40_000 },

@@ -134,21 +134,85 @@ pub(super) enum Made {
 /// Something that changes a tree, or makes changes durable.
 #[derive(Clone, Debug)]
 pub(super) enum Op {
-    Create { parent: NodeId, name: String, made: Made, permissions: u16 },
-    Link { node: NodeId, parent: NodeId, name: String },
-    Unlink { parent: NodeId, name: String },
-    RemoveDirectory { parent: NodeId, name: String },
-    Rename { parent: NodeId, name: String, new_parent: NodeId, new_name: String, mode: RenameMode },
-    Write { node: NodeId, offset: u64, data: Rc<[u8]> },
-    Truncate { node: NodeId, size: u64 },
-    Allocate { node: NodeId, offset: u64, length: u64, mode: AllocateMode },
-    SetOwner { node: NodeId, permissions: u16, uid: u32 },
-    SetTimes { node: NodeId, accessed: i64, modified: i64 },
-    SetXattr { node: NodeId, name: String, value: Vec<u8>, mode: SetXattrMode },
-    RemoveXattr { node: NodeId, name: String },
-    Sync { node: NodeId, scope: SyncScope },
-    Flush { node: NodeId },
-    Forget { node: NodeId },
+    Create {
+        parent: NodeId,
+        name: String,
+        made: Made,
+        permissions: u16,
+    },
+    Link {
+        node: NodeId,
+        parent: NodeId,
+        name: String,
+    },
+    Unlink {
+        parent: NodeId,
+        name: String,
+    },
+    RemoveDirectory {
+        parent: NodeId,
+        name: String,
+    },
+    Rename {
+        parent: NodeId,
+        name: String,
+        new_parent: NodeId,
+        new_name: String,
+        mode: RenameMode,
+    },
+    Write {
+        node: NodeId,
+        offset: u64,
+        data: Rc<[u8]>,
+    },
+    Truncate {
+        node: NodeId,
+        size: u64,
+    },
+    Allocate {
+        node: NodeId,
+        offset: u64,
+        length: u64,
+        mode: AllocateMode,
+    },
+    /// copy_file_range, repeated until everything is copied.
+    Copy {
+        source: NodeId,
+        from: u64,
+        node: NodeId,
+        offset: u64,
+        length: u64,
+    },
+    SetOwner {
+        node: NodeId,
+        permissions: u16,
+        uid: u32,
+    },
+    SetTimes {
+        node: NodeId,
+        accessed: i64,
+        modified: i64,
+    },
+    SetXattr {
+        node: NodeId,
+        name: String,
+        value: Vec<u8>,
+        mode: SetXattrMode,
+    },
+    RemoveXattr {
+        node: NodeId,
+        name: String,
+    },
+    Sync {
+        node: NodeId,
+        scope: SyncScope,
+    },
+    Flush {
+        node: NodeId,
+    },
+    Forget {
+        node: NodeId,
+    },
 }
 
 /// A directory tree.
@@ -222,6 +286,17 @@ impl Model {
                         }
                     }
                 });
+                Ok(())
+            }
+            Op::Copy { source, from, node, offset, length } => {
+                let data = self.node(*source).contents.read(*from, *length);
+                let length = data.len() as u64;
+                if source == node && *from < offset + length && *offset < from + length {
+                    return Err(FsError::Invalid);
+                }
+                if !data.is_empty() {
+                    self.change_contents(*node, |contents| contents.write(*offset, &data));
+                }
                 Ok(())
             }
             Op::SetOwner { node, permissions, uid } => {

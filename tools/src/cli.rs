@@ -21,6 +21,7 @@ use clap::{Parser, Subcommand};
 use crate::failure::Failure;
 
 mod bind;
+mod clone;
 mod dump;
 mod fsck;
 mod identify;
@@ -73,6 +74,7 @@ enum Task {
     Perf(perf::Perf),
     Serve(serve::Serve),
     Status(status::Status),
+    Clone(clone::Clone),
     Sync(sync::Sync),
 }
 
@@ -93,6 +95,7 @@ impl Pollux {
             Task::Perf(perf) => perf.run(),
             Task::Serve(serve) => serve.run(),
             Task::Status(status) => status.run(),
+            Task::Clone(clone) => clone.run(),
             Task::Sync(sync) => sync.run(),
         };
         outcome.map_or_else(|failure| failure.report("pollux"), |()| ExitCode::SUCCESS)

@@ -14,6 +14,7 @@ mod memory;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use front::EXTENTS_ATTRIBUTE;
 pub use front::{FrontEnd, VolumeFront};
 pub use mount_point::{Absent, MountPoint};
 pub use mount_table::{MountEntry, mounts};

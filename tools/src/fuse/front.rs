@@ -19,6 +19,7 @@
 //! - the kernel checks permissions (`default_permissions`) and applies the umask; set-uid and set-gid bits are dropped
 //!   here, as it asks (HANDLE_KILLPRIV_V2). fuser does not pass on the flag that accompanies a truncation: any
 //!   caller but root is taken to lack CAP_FSETID;
+//! - copy_file_range shares blocks where the volume can, so plain `cp` clones; FICLONE never reaches a FUSE server;
 //! - access times are not kept on reads (FUSE leaves them to the server), as with the mount option `noatime`.
 //!
 //! Invariant: no lock is held while a request is submitted or a reply is sent.
@@ -32,8 +33,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use fs_core::request::{
-    AttributeChange, Attributes, Caller, KillPrivileges, Name, NewInode, Reply, Request, SyncScope,
-    WriteSource,
+    AttributeChange, Attributes, Caller, CloneRange, ExtentSummary, KillPrivileges, Name, NewInode, Reply,
+    Request, SyncScope, WriteSource,
 };
 use fs_core::types::{FileOffset, InodeNr};
 use fs_core::{FsError, Volume, WriteOutcome};
@@ -58,6 +59,12 @@ const MAX_BACKGROUND: u16 = 64;
 
 /// Directory entries asked for at once: what fills the buffer of a C library's readdir with names of usual length.
 const DIRECTORY_BATCH: u32 = 256;
+
+/// Bytes of one copy_file_range at most: whole blocks in a reply of 32 bits.
+const MAX_COPY: u64 = (u32::MAX as u64) & !4095;
+
+/// An attribute that every file has and no listing shows: how it lies on the device, as JSON.
+pub(crate) const EXTENTS_ATTRIBUTE: &str = "pollux.extents";
 
 /// Parts of the set of written inodes; a power of two. Session threads rarely meet in one.
 const WRITTEN_PARTS: usize = 16;
@@ -242,6 +249,17 @@ fn answer_statfs(result: Result<Reply, FsError>, reply: ReplyStatfs) {
         }
         Ok(other) => reply.error(unexpected(&other)),
         Err(error) => reply.error(translate::errno(&error)),
+    }
+}
+
+/// The value of [`EXTENTS_ATTRIBUTE`].
+fn describe_extents(reply: Reply) -> Reply {
+    match reply {
+        Reply::Extents(ExtentSummary { extents, shared, blocks }) => {
+            let json = serde_json::json!({ "extents": extents, "shared": shared, "blocks": blocks });
+            Reply::Data(json.to_string().into_bytes())
+        }
+        other => other,
     }
 }
 
@@ -611,6 +629,12 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
         if is_acl(attribute) {
             return reply.error(Errno::EOPNOTSUPP);
         }
+        if attribute == EXTENTS_ATTRIBUTE {
+            let request = Request::CountExtents { inode: translate::inode(inode) };
+            return self.volume.submit(request, move |result| {
+                answer_xattr(result.map(describe_extents), size, reply);
+            });
+        }
         let request = Request::GetXattr { inode: translate::inode(inode), name: name(attribute) };
         self.volume.submit(request, move |result| answer_xattr(result, size, reply));
     }
@@ -693,17 +717,33 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
     fn copy_file_range(
         &self,
         _header: &fuser::Request,
-        _source: INodeNo,
+        source: INodeNo,
         _source_handle: FileHandle,
-        _source_offset: u64,
-        _target: INodeNo,
+        source_offset: u64,
+        target: INodeNo,
         _target_handle: FileHandle,
-        _target_offset: u64,
-        _length: u64,
+        target_offset: u64,
+        length: u64,
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        // The kernel then copies through its page cache.
-        reply.error(Errno::ENOSYS);
+        let target = translate::inode(target);
+        self.written.note(target);
+        let range = CloneRange {
+            source: translate::inode(source),
+            source_offset: FileOffset::new(source_offset),
+            target,
+            target_offset: FileOffset::new(target_offset),
+            // The reply has 32 bits. The kernel asks for less anyway.
+            length: length.min(MAX_COPY),
+        };
+        self.volume.submit(Request::CopyRange(range), move |result| match result {
+            Ok(Reply::Cloned(copied)) => match u32::try_from(copied.bytes) {
+                Ok(bytes) => reply.written(bytes),
+                Err(_) => reply.error(Errno::EOVERFLOW),
+            },
+            Ok(other) => reply.error(unexpected(&other)),
+            Err(error) => reply.error(translate::errno(&error)),
+        });
     }
 }

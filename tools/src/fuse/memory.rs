@@ -221,7 +221,11 @@ impl State {
                 self.node(inode)?.xattrs.remove(&name).map(|_| Reply::Done).ok_or(FsError::NoAttribute)
             }
             Request::Forget { .. } => Ok(Reply::Done),
-            Request::Allocate { .. } | Request::Seek { .. } => Err(FsError::NotSupported),
+            Request::Allocate { .. }
+            | Request::Seek { .. }
+            | Request::Clone(_)
+            | Request::CopyRange(_)
+            | Request::CountExtents { .. } => Err(FsError::NotSupported),
         }
     }
 

@@ -1,0 +1,89 @@
+//! Clones on a mount: plain `cp`, `pollux clone`, and what they leave.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use hw_tests::{Daemon, Random, Scratch, fsck_clean, pollux, read_file, run, text};
+
+const SIZE: usize = 64 << 20;
+
+/// Blocks of 4 KiB that the volume has in use.
+fn used(mount: &Path) -> Result<u64> {
+    let stat = nix::sys::statvfs::statvfs(mount)?;
+    Ok(stat.blocks() - stat.blocks_free())
+}
+
+fn cp(from: &Path, to: &Path) -> Result<()> {
+    run(Command::new("cp").arg(from).arg(to)).map(|_| ())
+}
+
+#[test]
+fn cp_clones_and_each_side_goes_its_own_way() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let daemon = Daemon::up(&scratch, &["--size", "1GiB"])?;
+    let (source, copy) = (scratch.mount().join("source"), scratch.mount().join("copy"));
+    let contents = Random(7).bytes(SIZE - 1234);
+    fs::write(&source, &contents)?;
+    run(Command::new("sync").arg(&source))?;
+    let before = used(&scratch.mount())?;
+    cp(&source, &copy)?;
+    let after = used(&scratch.mount())?;
+    ensure!(after - before < 1000, "a copy of {SIZE} bytes took {} blocks", after - before);
+    ensure!(read_file(&copy)? == contents, "the copy differs");
+
+    let mut changed = contents.clone();
+    changed[1_000_000..1_000_100].fill(0);
+    let file = fs::OpenOptions::new().write(true).open(&copy)?;
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0; 100], 1_000_000)?;
+    drop(file);
+    ensure!(read_file(&source)? == contents, "a write to the copy is seen in the source");
+    fs::remove_file(&source)?;
+    ensure!(read_file(&copy)? == changed, "the copy has lost something with its source");
+    daemon.stop()?;
+    fsck_clean(&scratch)?;
+    let daemon = Daemon::up(&scratch, &[])?;
+    ensure!(read_file(&copy)? == changed, "the copy is not what it was before the remount");
+    daemon.stop()
+}
+
+#[test]
+fn pollux_clone_tells_what_it_shares_and_refuses_what_it_cannot() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let daemon = Daemon::up(&scratch, &["--size", "1GiB"])?;
+    let path = |name: &str| scratch.mount().join(name).display().to_string();
+    let (source, target) = (path("source"), path("target"));
+    let contents = Random(8).bytes(1 << 20);
+    fs::write(&source, &contents)?;
+    fs::write(&target, vec![1; 3 << 20])?;
+
+    let whole = pollux(&["clone", &source, &target])?;
+    ensure!(whole.status.success(), "{}", text(&whole));
+    let said = String::from_utf8(whole.stdout)?;
+    ensure!(said.contains("1.00 MiB") && said.contains("extents shared"), "{said}");
+    let shared = said.split("; ").nth(1).and_then(|rest| rest.split(' ').next()).context(said.clone())?;
+    ensure!(shared.parse::<u64>()? > 0, "{said}");
+    ensure!(read_file(Path::new(&target))? == contents, "DST becomes SRC, its size too");
+
+    let options = ["--src-offset", "64KiB", "--dst-offset", "512KiB", "--length", "128KiB"];
+    let range = pollux(&[&["clone", &source, &target][..], &options].concat())?;
+    ensure!(range.status.success(), "{}", text(&range));
+    let mut expected = contents.clone();
+    expected.copy_within(64 << 10..192 << 10, 512 << 10);
+    ensure!(read_file(Path::new(&target))? == expected, "a range was cloned elsewhere");
+
+    let outside = scratch.path().join("outside").display().to_string();
+    for (arguments, words) in [
+        (vec!["clone", &source, &outside], "different file systems"),
+        (vec!["clone", "/proc/self/status", "/proc/self/x"], "not on a Pollux volume"),
+        (vec!["clone", &source, &source], "Invalid argument"),
+    ] {
+        let refused = pollux(&arguments)?;
+        let said = text(&refused);
+        ensure!(refused.status.code() == Some(1) && said.contains(words), "{arguments:?}: {said}");
+    }
+    ensure!(!Path::new(&outside).exists(), "a refused clone leaves no file behind");
+    daemon.stop()?;
+    fsck_clean(&scratch)
+}

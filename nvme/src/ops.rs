@@ -237,29 +237,23 @@ impl Ops {
         (op.tag, op.rest.error.take().map_or(Ok(()), Err), op.buffer.take())
     }
 
-    /// Takes a free entry, of which one must have been seen, for a request that one command carries out.
+    /// The entry that is taken next, if one is free.
     #[inline(always)]
-    pub(crate) fn take_simple(
-        &mut self,
-        tag: OpTag,
-        kind: Kind,
-        lba: u64,
-        started: Option<Instant>,
-        buffer: DmaBuffer,
-    ) -> u16 {
-        let index = self.free;
-        let op = &mut self.table[usize::from(index)];
+    pub(crate) fn peek_free(&self) -> Option<u16> {
+        // The end of the list is beyond the last entry.
+        self.table.get(usize::from(self.free)).map(|_| self.free)
+    }
+
+    /// Takes the free entry that [`Self::peek_free`] saw, for a request that one command carries out.
+    #[inline(always)]
+    pub(crate) fn take_simple(&mut self, tag: OpTag, kind: Kind, lba: u64, buffer: DmaBuffer) {
+        let op = &mut self.table[usize::from(self.free)];
         debug_assert!(!op.in_use && op.buffer.is_none() && op.rest.error.is_none());
         self.free = op.outstanding as u16;
-        (op.tag, op.kind) = (tag, kind);
-        if let Some(started) = started {
-            op.started = started;
-        }
-        op.lba = lba;
+        (op.tag, op.kind, op.lba) = (tag, kind, lba);
         (op.in_use, op.simple, op.outstanding) = (true, true, 1);
         // Nothing is dropped: the place is empty.
         std::mem::forget(op.buffer.replace(buffer));
-        index
     }
 
     /// Frees an entry of [`Self::take_simple`], if it is as simple as it was. The caller takes what it holds.

@@ -31,6 +31,9 @@ use crate::transport::{Transport, TransportError, aligned};
 /// Fewest completion queue entries beyond the submission queue's, if the controller allows them: see [`Queue::ring_completions`].
 pub(crate) const MIN_SLACK: u32 = 32;
 
+/// Dwords of a completion.
+const CQE_DWORDS: usize = CQE_BYTES / 4;
+
 /// How a controller broke the queue protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -95,6 +98,13 @@ impl QueueShape {
 
 /// A completion that passed every check; its slot is free again.
 #[derive(Clone, Copy, Debug)]
+pub(crate) struct Taken {
+    pub(crate) command: Command,
+    pub(crate) status: Status,
+}
+
+/// [`Taken`], with the command's result.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Reaped {
     pub(crate) command: Command,
     pub(crate) status: Status,
@@ -115,8 +125,6 @@ pub(crate) struct Queue {
     /// Completions that need not be told of at once.
     slack: u32,
     shadow: Option<ShadowDoorbells>,
-    /// Doorbell writes, for the counters.
-    doorbells: u64,
 }
 
 impl Queue {
@@ -128,8 +136,9 @@ impl Queue {
     ) -> Result<Self, TransportError> {
         let sq_memory =
             aligned::allocate(&*transport, shape.sq_entries as usize * SQE_BYTES, shape.page_bytes)?;
-        let cq_memory =
-            aligned::allocate(&*transport, shape.cq_entries as usize * CQE_BYTES, shape.page_bytes)?;
+        // Whole entries of either kind: `DmaCells` wants tables to end so.
+        let cq_bytes = (shape.cq_entries as usize * CQE_BYTES).next_multiple_of(SQE_BYTES);
+        let cq_memory = aligned::allocate(&*transport, cq_bytes, shape.page_bytes)?;
         Ok(Self {
             id: shape.id,
             sq_memory: DmaCells::new(sq_memory),
@@ -142,7 +151,6 @@ impl Queue {
             slack: shape.cq_entries - shape.sq_entries,
             shadow: shadow.map(|memory| ShadowDoorbells::new(memory, shape)),
             transport,
-            doorbells: 0,
         })
     }
 
@@ -186,34 +194,35 @@ impl Queue {
         &mut self.slots
     }
 
-    pub(crate) fn doorbells(&self) -> u64 {
-        self.doorbells
+    /// Puts a command into the submission queue, under a fresh identifier. A slot must be free.
+    #[inline]
+    pub(crate) fn push(&mut self, entry: SubmissionEntry, owner: u16) -> (u16, CommandId) {
+        self.try_push(entry, owner).expect("the caller checked for a free slot")
     }
 
-    /// Puts a command into the submission queue, under a fresh identifier. A slot must be free.
+    /// [`Self::push`] if a slot is free.
     #[inline(always)]
-    pub(crate) fn push(&mut self, mut entry: SubmissionEntry, owner: u16) -> (u16, CommandId) {
+    pub(crate) fn try_push(&mut self, mut entry: SubmissionEntry, owner: u16) -> Option<(u16, CommandId)> {
         // There is room: fewer commands are in flight than the ring has entries less one.
+        let (slot, cid) = self.slots.take(owner, self.sq.next_sequence())?;
         let position = self.sq.push();
-        let (slot, cid) =
-            self.slots.take(owner, position.sequence).expect("the caller checked for a free slot");
         entry.cid.set(cid.get());
         let words: [u64; SQE_BYTES / 8] = zerocopy::transmute!(entry);
-        self.sq_memory.store_entry(position.index as usize, words);
-        (slot, cid)
+        self.sq_memory.store_entry(position.index, words);
+        Some((slot, cid))
     }
 
-    /// Tells the device of everything pushed since the last call.
+    /// Tells the device of everything pushed since the last call. Returns whether that took a register write.
     #[inline]
-    pub(crate) fn ring(&mut self) {
-        if let Some(tail) = self.sq.ring() {
-            // Release: the entries before the doorbell that makes the device read them.
-            fence(Ordering::Release);
-            if self.shadow.as_mut().is_none_or(|shadow| shadow.submission.publish(tail)) {
-                self.transport.doorbell(self.sq_doorbell, tail);
-                self.doorbells += 1;
-            }
+    pub(crate) fn ring(&mut self) -> bool {
+        let Some(tail) = self.sq.ring() else { return false };
+        // Release: the entries before the doorbell that makes the device read them.
+        fence(Ordering::Release);
+        let write = self.shadow.as_mut().is_none_or(|shadow| shadow.submission.publish(tail));
+        if write {
+            self.transport.doorbell(self.sq_doorbell, tail);
         }
+        write
     }
 
     /// Whether a completion waits.
@@ -225,8 +234,8 @@ impl Queue {
 
     /// The dwords of the entry that comes next.
     #[inline]
-    fn next_entry(&self) -> &[AtomicU32; 4] {
-        self.cq_memory.entry_32::<{ CQE_BYTES / 4 }>(self.cq.head() as usize)
+    fn next_entry(&self) -> &[AtomicU32; CQE_DWORDS] {
+        self.cq_memory.entry_32::<CQE_DWORDS>(self.cq.head())
     }
 
     #[inline]
@@ -235,8 +244,17 @@ impl Queue {
     }
 
     /// Takes the next completion, if there is one, and checks it.
-    #[inline(always)]
     pub(crate) fn poll(&mut self) -> Result<Option<Reaped>, ProtocolError> {
+        let index = self.cq.head();
+        let Some(Taken { command, status }) = self.take().map_err(|error| *error)? else { return Ok(None) };
+        // Relaxed: ordered after the acquire of the phase tag. The device was not told that it may overwrite the entry.
+        let dw0 = u32::from_le(self.cq_memory.entry_32::<CQE_DWORDS>(index)[0].load(Ordering::Relaxed));
+        Ok(Some(Reaped { command, status, dw0 }))
+    }
+
+    /// [`Self::poll`] without the command's result, which I/O commands do not have.
+    #[inline(always)]
+    pub(crate) fn take(&mut self) -> Result<Option<Taken>, Box<ProtocolError>> {
         let dwords = self.next_entry();
         // Acquire: the rest of the entry is read after its phase tag; pairs with the device's write order (§4.1).
         let last = dwords[PHASE_DWORD_OFFSET / 4].load(Ordering::Acquire);
@@ -244,15 +262,10 @@ impl Queue {
             return Ok(None);
         }
         // Relaxed: ordered after the acquire of the phase tag. Each dword is read once, and not looked at again.
-        let entry: CompletionEntry = zerocopy::transmute!([
-            dwords[0].load(Ordering::Relaxed),
-            dwords[1].load(Ordering::Relaxed),
-            dwords[2].load(Ordering::Relaxed),
-            last,
-        ]);
+        let entry: CompletionEntry = zerocopy::transmute!([0, 0, dwords[2].load(Ordering::Relaxed), last]);
         self.cq.advance();
         if entry.sq_id.get() != self.id.get() {
-            return Err(ProtocolError::ForeignQueue { sq_id: entry.sq_id.get() });
+            return Err(foreign_queue(entry.sq_id.get()));
         }
         let command = match self.slots.find(entry.command_id()) {
             Ok(command) => command,
@@ -260,46 +273,67 @@ impl Queue {
         };
         let sq_head = entry.sq_head.get();
         if !self.sq.head_is_possible(command.sequence, u32::from(sq_head)) {
-            return Err(ProtocolError::BadSqHead { cid: entry.cid.get(), sq_head });
+            return Err(bad_sq_head(entry.cid.get(), sq_head));
         }
         self.slots.release(command.slot);
-        Ok(Some(Reaped { command, status: entry.status(), dw0: entry.dw0.get() }))
+        Ok(Some(Taken { command, status: entry.status() }))
     }
 
     /// Tells the device how far completions were taken, if it has to know: at most once a poll round, and on a queue with slack
     /// much more rarely. The device sees as many entries taken as there are commands in flight, and those that it was not told
     /// of; as long as both fit the completion queue, it never has to wait. Telling it takes a register write, in the cache line
-    /// that it reads the submission queue's tail from where doorbells are memory.
+    /// that it reads the submission queue's tail from where doorbells are memory. Returns whether it was written.
     #[inline]
-    pub(crate) fn ring_completions(&mut self) {
-        self.ring_completions_beyond(self.slack);
+    pub(crate) fn ring_completions(&mut self) -> bool {
+        self.ring_completions_beyond(self.slack)
     }
 
     /// Tells the device how far completions were taken: before the owner sleeps.
-    pub(crate) fn ring_all_completions(&mut self) {
-        self.ring_completions_beyond(0);
+    pub(crate) fn ring_all_completions(&mut self) -> bool {
+        self.ring_completions_beyond(0)
     }
 
     #[inline]
-    fn ring_completions_beyond(&mut self, slack: u32) {
-        if let Some(head) = self.cq.ring_beyond(slack) {
-            // Release: entries were read before the device may overwrite them.
-            fence(Ordering::Release);
-            if self.shadow.as_mut().is_none_or(|shadow| shadow.completion.publish(head)) {
-                self.transport.doorbell(self.cq_doorbell, head);
-                self.doorbells += 1;
-            }
+    fn ring_completions_beyond(&mut self, slack: u32) -> bool {
+        let Some(head) = self.cq.ring_beyond(slack) else { return false };
+        self.tell_head(head)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn tell_head(&mut self, head: u32) -> bool {
+        // Release: entries were read before the device may overwrite them.
+        fence(Ordering::Release);
+        let write = self.shadow.as_mut().is_none_or(|shadow| shadow.completion.publish(head));
+        if write {
+            self.transport.doorbell(self.cq_doorbell, head);
         }
+        write
     }
 }
 
+// In boxes, so that the way of completions that are right is free of them.
+
 #[cold]
-fn bad_cid(bad: BadCid, cid: u16) -> ProtocolError {
-    match bad {
+#[inline(never)]
+fn foreign_queue(sq_id: u16) -> Box<ProtocolError> {
+    Box::new(ProtocolError::ForeignQueue { sq_id })
+}
+
+#[cold]
+#[inline(never)]
+fn bad_cid(bad: BadCid, cid: u16) -> Box<ProtocolError> {
+    Box::new(match bad {
         BadCid::OutOfRange => ProtocolError::CidOutOfRange { cid },
         BadCid::NotInFlight => ProtocolError::CidNotInFlight { cid },
         BadCid::Stale => ProtocolError::CidStale { cid },
-    }
+    })
+}
+
+#[cold]
+#[inline(never)]
+fn bad_sq_head(cid: u16, sq_head: u16) -> Box<ProtocolError> {
+    Box::new(ProtocolError::BadSqHead { cid, sq_head })
 }
 
 impl fmt::Debug for Queue {

@@ -49,18 +49,25 @@ impl SubmissionRing {
         self.entries
     }
 
-    /// Whether the device must be told before another entry is pushed.
+    /// [`Position::sequence`] of the entry that is pushed next.
     #[inline]
+    pub(crate) fn next_sequence(&self) -> u32 {
+        self.pushed
+    }
+
+    /// Whether the device must be told before another entry is pushed.
+    #[cfg(test)]
     pub(crate) fn must_ring(&self) -> bool {
         self.pushed.wrapping_sub(self.rung) == self.entries - 1
     }
 
     /// Takes the place of the next entry.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn push(&mut self) -> Position {
-        debug_assert!(!self.must_ring(), "tail would wrap onto the last rung tail");
         let position = Position { index: self.tail, sequence: self.pushed };
-        self.tail = if self.tail + 1 == self.entries { 0 } else { self.tail + 1 };
+        let next = if self.tail + 1 == self.entries { 0 } else { self.tail + 1 };
+        assert!(next != self.rung_tail, "tail would wrap onto the last rung tail");
+        self.tail = next;
         self.pushed = self.pushed.wrapping_add(1);
         position
     }
@@ -80,7 +87,7 @@ impl SubmissionRing {
     ///
     /// The device has fetched that entry and none beyond the rung tail, so the head lies between the entry's successor
     /// and the rung tail. Heads may arrive out of order: a device may compose completions before it posts them.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn head_is_possible(&self, sequence: u32, sq_head: u32) -> bool {
         if sq_head >= self.entries {
             return false;
@@ -183,6 +190,16 @@ mod tests {
         assert!(!ring.must_ring());
         assert_eq!(ring.push().index, 3);
         assert_eq!(ring.ring(), Some(0));
+    }
+
+    /// Was checked in debug builds only.
+    #[test]
+    #[should_panic(expected = "tail would wrap onto the last rung tail")]
+    fn a_push_beyond_a_full_lap_without_a_doorbell_is_refused() {
+        let mut ring = SubmissionRing::new(4);
+        for _ in 0..4 {
+            ring.push();
+        }
     }
 
     #[test]

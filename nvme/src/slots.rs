@@ -102,7 +102,7 @@ impl CommandSlots {
     }
 
     /// Takes a free slot for a command that goes out as the `sequence`th of its queue.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn take(&mut self, owner: u16, sequence: u32) -> Option<(u16, CommandId)> {
         let slot = self.free;
         // The end of the list is beyond the last slot.
@@ -116,7 +116,7 @@ impl CommandSlots {
     }
 
     /// The command in flight under this identifier.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn find(&self, cid: CommandId) -> Result<Command, BadCid> {
         let slot = cid.get() & self.index_mask;
         let found = self.slots.get(usize::from(slot)).ok_or(BadCid::OutOfRange)?;

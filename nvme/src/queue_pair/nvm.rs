@@ -227,7 +227,7 @@ impl QueuePair {
         op.rest.next_lba += blocks;
         op.outstanding += 1;
         self.queue.push(entry, index);
-        self.tally.commands += 1;
+        add(&self.counters.commands, 1);
     }
 
     fn issue_pair(&mut self, index: u16) {
@@ -243,7 +243,7 @@ impl QueuePair {
         }
         op.rest.blocks_left = 0;
         op.outstanding += 2;
-        self.tally.commands += 2;
+        add(&self.counters.commands, 2);
     }
 }
 

@@ -53,6 +53,24 @@ pub(super) struct Aborting {
     give_up_at: Instant,
 }
 
+/// When a command in flight was first seen by the watchdog.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Watch {
+    pub(super) sequence: u32,
+    pub(super) since: Option<Instant>,
+}
+
+/// Finds overdue commands without a clock read at submit: a command's time begins when the watchdog first sees it, so
+/// it is given its timeout and at most two check intervals more.
+#[derive(Debug)]
+pub(super) struct Watchdog {
+    pub(super) seen: Box<[Watch]>,
+    pub(super) polls_left: u32,
+    pub(super) next_check: Instant,
+    pub(super) timeout: Duration,
+    pub(super) interval: Duration,
+}
+
 impl Watchdog {
     fn forget(&mut self) {
         self.seen.fill(Watch { sequence: 0, since: None });
@@ -174,7 +192,7 @@ impl QueuePair {
         {
             let (slot, owner) = (reaped.command.slot, reaped.command.owner);
             if let Some(index) = self.command_completed(slot, owner, reaped.status) {
-                self.done.push_back(index);
+                self.finish_later(index);
             }
         }
         Ok(())
@@ -206,11 +224,11 @@ impl QueuePair {
         }
         if op.rest.error.is_none() {
             op.rewind();
-            self.tally.retried += 1;
+            add(&self.counters.retried, 1);
             self.defer(index);
         } else if !op.rest.in_backlog {
             op.rest.repeat = false;
-            self.done.push_back(index);
+            self.finish_later(index);
         }
     }
 
@@ -250,12 +268,13 @@ impl QueuePair {
         op.rest.retries += 1;
         op.rewind();
         let delay = std::mem::take(&mut op.rest.delay);
-        self.tally.retried += 1;
+        add(&self.counters.retried, 1);
         if delay.is_zero() {
             self.defer(index);
         } else {
             op.rest.in_backlog = true; // not done, though nothing is outstanding
             self.delayed.push((self.shared.link.timing.now() + delay, index));
+            self.attention = true;
         }
         None
     }
@@ -334,7 +353,7 @@ impl QueuePair {
         op.rest.timeouts += 1;
         let opcode = build::opcode(op.kind).0;
         let (timeout, pulse) = (self.watchdog.timeout, self.pulse);
-        self.tally.timeouts += 1;
+        add(&self.counters.timeouts, 1);
         tracing::warn!(device = %self.shared.name, %queue, %command, opcode, "command is overdue");
         if self.shared.options.recovery == Recovery::Off {
             op.rest.error.get_or_insert(IoError::Timeout);

@@ -5,6 +5,7 @@ use crate::controller::ControllerOptions;
 use crate::event::ControllerEvent;
 use crate::transport::Timing;
 use crate::transport::fake::{Fake, Script};
+use nvme_spec::NamespaceId;
 use nvme_spec::log::AsyncEvent;
 use nvme_spec::{AdminOpcode, NvmOpcode};
 use reactor::block::Lba;

@@ -23,10 +23,16 @@ use vm_memory::MmapRegion;
 
 use super::DmaRegion;
 
+/// Sizes of entries divide this, so that the place of an entry is checked by one comparison. What is left at the end of a region
+/// beyond a multiple of it is in no table.
+const TABLE_UNIT: usize = 64;
+
 /// Direct access to the words of a region.
 pub struct DmaCells {
     base: NonNull<u8>,
     bytes: usize,
+    /// Bytes that tables of entries take part in: whole [`TABLE_UNIT`]s.
+    table_bytes: usize,
     region: Arc<dyn DmaRegion>,
     /// Keeps `base` valid, whatever the region does.
     _mapping: Arc<MmapRegion>,
@@ -49,7 +55,7 @@ impl DmaCells {
         // SAFETY: `offset` is within the mapping, by the assertion above; the mapping is one allocation.
         let base = unsafe { start.add(offset) };
         assert!(base.cast::<u64>().is_aligned(), "a DMA region begins at a page");
-        Self { base, bytes, region, _mapping: mapping }
+        Self { base, bytes, table_bytes: bytes / TABLE_UNIT * TABLE_UNIT, region, _mapping: mapping }
     }
 
     /// The region.
@@ -63,6 +69,18 @@ impl DmaCells {
         let inside = offset <= self.bytes && bytes <= self.bytes - offset;
         assert!(inside && offset.is_multiple_of(word), "access outside of a DMA region, or misaligned");
         // SAFETY: `offset` is within the region, which lies within the mapping.
+        unsafe { self.base.add(offset) }
+    }
+
+    /// The `index`th entry of a table of entries of `bytes` bytes, a power of two up to [`TABLE_UNIT`].
+    #[inline(always)]
+    fn entry(&self, index: u32, bytes: usize) -> NonNull<u8> {
+        assert!(bytes.is_power_of_two() && bytes <= TABLE_UNIT, "entries of {bytes} bytes");
+        const { assert!(usize::BITS == 64, "the product below does not wrap") };
+        let offset = index as usize * bytes;
+        assert!(offset < self.table_bytes, "entry outside of a DMA region");
+        // SAFETY: `offset` is a multiple of `bytes` below a larger multiple of it, so that the entry ends within the region, which
+        // lies within the mapping.
         unsafe { self.base.add(offset) }
     }
 
@@ -109,10 +127,8 @@ impl DmaCells {
     /// # Panics
     /// If the table has fewer entries.
     #[inline(always)]
-    pub fn entry_32<const N: usize>(&self, index: usize) -> &[AtomicU32; N] {
-        assert!(index < self.bytes / (N * 4), "entry outside of a DMA region");
-        // SAFETY: the entry ends within the region, which lies within the mapping.
-        let entry = unsafe { self.base.add(index * N * 4) };
+    pub fn entry_32<const N: usize>(&self, index: u32) -> &[AtomicU32; N] {
+        let entry = self.entry(index, N * 4);
         // SAFETY: the base is aligned to 8 bytes, hence the entry to 4; the rest as in `words_32`.
         unsafe { entry.cast::<[AtomicU32; N]>().as_ref() }
     }
@@ -122,12 +138,10 @@ impl DmaCells {
     /// # Panics
     /// If the table has fewer entries.
     #[inline(always)]
-    pub fn store_entry<const N: usize>(&self, index: usize, entry: [u64; N]) {
-        assert!(index < self.bytes / (N * 8), "entry outside of a DMA region");
-        // SAFETY: the entry ends within the region, which lies within the mapping.
-        let start = unsafe { self.base.add(index * N * 8) };
+    pub fn store_entry<const N: usize>(&self, index: u32, entry: [u64; N]) {
+        let entry_at = self.entry(index, N * 8);
         // SAFETY: the base is aligned to 8 bytes, hence the entry; the rest as in `words_32`.
-        let cells = unsafe { start.cast::<[AtomicU64; N]>().as_ref() };
+        let cells = unsafe { entry_at.cast::<[AtomicU64; N]>().as_ref() };
         for (cell, word) in cells.iter().zip(entry) {
             cell.store(word, Ordering::Relaxed);
         }
@@ -177,10 +191,12 @@ mod tests {
     #[test]
     fn what_is_outside_or_misaligned_is_refused() {
         let cells = DmaCells::new(HeapRegion::new(4096).unwrap());
+        cells.store_entry(63, [0; 8]);
+        assert_eq!(cells.entry_32::<4>(255)[0].load(Ordering::Relaxed), 0);
         for access in [
             (|cells: &DmaCells| cells.store_32(4096, 0, Ordering::Relaxed)) as fn(&DmaCells),
             |cells| cells.store_entry(64, [0; 8]),
-            |cells| cells.store_entry(usize::MAX / 64, [0; 8]),
+            |cells| cells.store_entry(u32::MAX, [0; 8]),
             |cells| assert_eq!(cells.entry_32::<4>(256)[0].load(Ordering::Relaxed), 0),
             |cells| cells.store_64(4, 0, Ordering::Relaxed),
             |cells| cells.store_32(usize::MAX - 3, 0, Ordering::Relaxed),

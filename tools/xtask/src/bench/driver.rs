@@ -111,8 +111,7 @@ fn instructions(program: &Path, report: &mut Report) -> anyhow::Result<()> {
         let (short, long) =
             (count(program, kind, depth, REQUESTS)?, count(program, kind, depth, 2 * REQUESTS)?);
         let each = (long.instructions - short.instructions).div_ceil(REQUESTS);
-        // Writes have no goal of their own.
-        let (text, reached) = match goal.filter(|_| kind == "read") {
+        let (text, reached) = match goal {
             Some(goal) => (format!("at most {goal}"), each <= goal),
             None => ("none".to_owned(), true),
         };

@@ -11,6 +11,7 @@ mod address;
 mod bind;
 mod group;
 mod in_use;
+mod open_files;
 
 use std::fs;
 use std::io;
@@ -19,9 +20,11 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 pub use address::{PciAddress, PciAddressError, PciAddressProblem};
-pub use bind::{BindError, bind, unbind};
+pub use bind::{BindError, Outcome as BindOutcome, Plan as BindPlan, Step as BindStep, bind, unbind};
 pub use group::{GroupMember, IommuGroup, group};
-pub use in_use::{BlockDevice, InUse, who_has_open};
+use in_use::Uses;
+pub use in_use::{BlockDevice, InUse};
+pub use open_files::who_has_open;
 
 /// Class code of NVM Express controllers: mass storage, non-volatile memory, NVMe I/O (PCI Code and ID Assignment).
 pub const NVME_CLASS: u32 = 0x01_08_02;
@@ -32,6 +35,7 @@ pub struct Sysfs {
     sys: PathBuf,
     proc: PathBuf,
     dev: PathBuf,
+    run: PathBuf,
 }
 
 impl Default for Sysfs {
@@ -42,10 +46,11 @@ impl Default for Sysfs {
 }
 
 impl Sysfs {
-    /// `sys`, `proc` and `dev` below `root`.
+    /// `sys`, `proc`, `dev` and `run` below `root`.
     pub fn under(root: impl AsRef<Path>) -> Self {
         let root = root.as_ref();
-        Self { sys: root.join("sys"), proc: root.join("proc"), dev: root.join("dev") }
+        let below = |name| root.join(name);
+        Self { sys: below("sys"), proc: below("proc"), dev: below("dev"), run: below("run") }
     }
 
     /// A path below `/proc`.
@@ -56,6 +61,11 @@ impl Sysfs {
     /// A path below `/dev`.
     pub fn dev(&self, path: impl AsRef<Path>) -> PathBuf {
         self.dev.join(path)
+    }
+
+    /// A path below `/run`.
+    pub fn run(&self, path: impl AsRef<Path>) -> PathBuf {
+        self.run.join(path)
     }
 
     /// A path below `/sys`.
@@ -94,19 +104,15 @@ pub enum PciError {
         /// Its class code.
         class: u32,
     },
-    /// Another device of the group is in use by the kernel.
-    #[error(
-        "{address}: IOMMU group {group} also holds {other}, bound to the driver {driver}; unbind it, or bind it to vfio-pci as well"
-    )]
+    /// Other devices of the group are in use by the kernel.
+    #[error("{}", group::in_the_way(*address, *group, others))]
     GroupNotViable {
         /// The device that is wanted.
         address: PciAddress,
         /// Its group.
         group: u32,
-        /// The device in the way.
-        other: PciAddress,
-        /// That device's driver.
-        driver: String,
+        /// The devices in the way; at least one.
+        others: Vec<GroupMember>,
     },
 }
 
@@ -135,7 +141,7 @@ pub struct PciController {
     pub firmware: Option<String>,
     /// The kernel's block devices on it: namespaces and their partitions.
     pub block_devices: Vec<BlockDevice>,
-    /// Programs that have its VFIO node open, as far as the caller may see them.
+    /// Programs that have a node of the controller itself open, the kernel's or VFIO's, as far as the caller may see them.
     pub opened_by: Vec<InUse>,
 }
 
@@ -161,10 +167,11 @@ pub(crate) fn is_vfio_driver(name: &str) -> bool {
 /// # Errors
 /// The list of PCI devices is there and cannot be read.
 pub fn controllers(sysfs: &Sysfs) -> Result<Vec<PciController>, PciError> {
+    let uses = Uses::look(sysfs);
     let mut found = Vec::new();
     for name in entries(&sysfs.sys("bus/pci/devices"))? {
         let Ok(address) = name.parse::<PciAddress>() else { continue };
-        match controller(sysfs, address) {
+        match look_at(sysfs, address, &uses) {
             Ok(controller) => found.push(controller),
             // Gone since the list was read, or something else than NVMe.
             Err(PciError::Absent(_) | PciError::NotNvme { .. }) => {}
@@ -180,6 +187,10 @@ pub fn controllers(sysfs: &Sysfs) -> Result<Vec<PciController>, PciError> {
 /// # Errors
 /// There is nothing at this address, or something else.
 pub fn controller(sysfs: &Sysfs, address: PciAddress) -> Result<PciController, PciError> {
+    look_at(sysfs, address, &Uses::look(sysfs))
+}
+
+fn look_at(sysfs: &Sysfs, address: PciAddress, uses: &Uses<'_>) -> Result<PciController, PciError> {
     let directory = sysfs.function(address);
     let class = hex(&directory.join("class")).ok_or(PciError::Absent(address))?;
     if class != NVME_CLASS {
@@ -192,7 +203,7 @@ pub fn controller(sysfs: &Sysfs, address: PciAddress) -> Result<PciController, P
         text(&kernel.join(name)).filter(|shown| !shown.is_empty())
     };
     let block_devices = match &kernel_name {
-        Some(name) => in_use::block_devices(sysfs, &directory.join("nvme").join(name))?,
+        Some(name) => uses.block_devices(&directory.join("nvme").join(name))?,
         None => Vec::new(),
     };
     Ok(PciController {
@@ -206,12 +217,33 @@ pub fn controller(sysfs: &Sysfs, address: PciAddress) -> Result<PciController, P
         model: shown("model"),
         serial: shown("serial"),
         firmware: shown("firmware_rev"),
-        opened_by: iommu_group
-            .map(|group| who_has_open(sysfs, &Path::new("/dev/vfio").join(group.to_string())))
-            .unwrap_or_default(),
+        opened_by: nodes(&directory, iommu_group, kernel_name.as_deref(), &block_devices)?
+            .iter()
+            .flat_map(|node| uses.open(node))
+            .collect(),
         block_devices,
         kernel_name,
     })
+}
+
+/// Nodes of the controller itself: of its IOMMU group, and those for commands to it and to its namespaces.
+fn nodes(
+    directory: &Path,
+    group: Option<u32>,
+    kernel_name: Option<&str>,
+    block_devices: &[BlockDevice],
+) -> Result<Vec<PathBuf>, PciError> {
+    let dev = Path::new("/dev");
+    let mut nodes: Vec<PathBuf> = group.map(|group| dev.join(format!("vfio/{group}"))).into_iter().collect();
+    for name in entries(&directory.join("vfio-dev"))? {
+        nodes.push(dev.join("vfio/devices").join(name));
+    }
+    nodes.extend(kernel_name.map(|name| dev.join(name)));
+    // `nvme0n1` is `ng0n1` for commands.
+    let namespaces = block_devices.iter().filter(|device| !device.is_partition);
+    let numbers = namespaces.filter_map(|device| device.name.strip_prefix("nvme"));
+    nodes.extend(numbers.map(|numbers| dev.join(format!("ng{numbers}"))));
+    Ok(nodes)
 }
 
 /// Name of the driver of the device in `directory`.

@@ -49,6 +49,10 @@ fn binding_what_is_no_controller_is_refused() {
         let output = pollux(&[subcommand, "ffff:ff:1f.7"]);
         assert_eq!(output.status.code(), Some(1));
         assert!(said(&output).contains("there is no such PCI device"), "{}", said(&output));
+        let output = pollux(&[subcommand, "--dry-run", "ffff:ff:1f.7"]);
+        assert_eq!(output.status.code(), Some(1));
+        let output = pollux(&[subcommand]);
+        assert_eq!(output.status.code(), Some(2));
         let output = pollux(&[subcommand, "01:00"]);
         assert_eq!(output.status.code(), Some(2));
         assert!(said(&output).contains("the function is missing"), "{}", said(&output));

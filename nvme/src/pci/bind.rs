@@ -1,17 +1,37 @@
-//! Giving controllers to vfio-pci and back to the kernel, by the files of sysfs (Documentation/ABI/testing/sysfs-bus-pci).
+//! Giving controllers to vfio-pci and back to the driver they had, by the files of sysfs (Documentation/ABI/testing/sysfs-bus-pci).
 //!
-//! Invariants: a controller that anybody uses is left where it is; a controller that vfio-pci does not take goes back to
-//! the driver it had.
+//! Owns: [`bind()`] and [`unbind()`]; carrying a [`Plan`] out; what happens when a step fails.
+//!
+//! Invariants:
+//! - a controller that anybody uses is left where it is. That is looked up before anything is written, and once more when the
+//!   override is set and the namespaces are held exclusively, so that nobody new comes in before the old driver lets go;
+//! - when a step of binding fails, every controller that the call has changed goes back to the driver and the override it had. If that
+//!   fails too, the error says what it is bound to now, and the record stays, so that unbinding finishes it;
+//! - unbinding that fails half-way can be repeated.
+//!
+//! | crash after | left behind | `unbind` then | `bind` then |
+//! |---|---|---|---|
+//! | the record | a record | removes it | begins anew |
+//! | the override | and an override | clears it | begins anew, and knows what the override was |
+//! | the old driver let go | and no driver | gives it back | goes on, and knows what the driver was |
 //!
 //! Excludes: giving the group's node to a user.
 
-use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
+mod hands;
+mod plan;
+mod record;
 
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+
+use nix::errno::Errno;
 use thiserror::Error;
 
-use super::{PciAddress, PciController, PciError, Sysfs, controller, driver, group};
+use self::hands::{Hands, System};
+use self::plan::{Action, Own, Part, check_free, check_usable, steps_back};
+pub use self::plan::{Plan, Step};
+use super::{InUse, PciAddress, PciError, Sysfs, controller, driver};
 
 const VFIO_PCI: &str = "vfio-pci";
 
@@ -30,19 +50,49 @@ pub enum BindError {
         /// By what.
         uses: String,
     },
+    /// A driver that is neither the kernel's for NVMe nor VFIO.
+    #[error(
+        "{address}: bound to the driver {driver}, whose users cannot be seen from here; if there are none, take it from that driver: \
+         `echo {address} > /sys/bus/pci/devices/{address}/driver/unbind`"
+    )]
+    OtherDriver {
+        /// Where.
+        address: PciAddress,
+        /// The driver.
+        driver: String,
+    },
     /// No IOMMU: vfio-pci would have it, but nobody could use it.
     #[error(
-        "{address}: it is in no IOMMU group; turn the IOMMU on in the firmware and for the kernel (`intel_iommu=on`)"
+        "{address}: it is in no IOMMU group; turn the IOMMU on in the firmware (VT-d, AMD-Vi) and for the kernel (`intel_iommu=on` \
+         on its command line; AMD's is on by itself)"
     )]
     NoGroup {
         /// Where.
         address: PciAddress,
+    },
+    /// A group without protection.
+    #[error(
+        "{address}: group {group} is in VFIO's noiommu mode, where a device can write to any memory; turn the IOMMU on instead"
+    )]
+    WithoutIommu {
+        /// Where.
+        address: PciAddress,
+        /// The group.
+        group: u32,
     },
     /// The driver vfio-pci is not there.
     #[error("{address}: the kernel has no driver vfio-pci; load it with `modprobe vfio-pci`")]
     NoVfio {
         /// Where.
         address: PciAddress,
+    },
+    /// The caller may not.
+    #[error("{address}: no permission for {path}; only root may bind drivers", path = path.display())]
+    NotAllowed {
+        /// Where.
+        address: PciAddress,
+        /// The file.
+        path: PathBuf,
     },
     /// sysfs refused.
     #[error("{address}: cannot write {path}: {source}{hint}", path = path.display())]
@@ -56,170 +106,226 @@ pub enum BindError {
         /// What may be done about it, with a separator before it.
         hint: &'static str,
     },
-    /// vfio-pci was asked and did not take it.
-    #[error("{address}: vfio-pci does not take it; the kernel log says why")]
+    /// A namespace could not be held.
+    #[error("{address}: cannot open {node} exclusively: {source}", node = node.display())]
+    Hold {
+        /// Where.
+        address: PciAddress,
+        /// Its node.
+        node: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// Its driver changed while it was looked at.
+    #[error("{address}: somebody else has given it to another driver meanwhile ({now}); try again")]
+    Changed {
+        /// Where.
+        address: PciAddress,
+        /// The driver now.
+        now: String,
+    },
+    /// A driver was asked and did not take it.
+    #[error("{address}: {driver} does not take it; the kernel log says why")]
     NotTaken {
         /// Where.
         address: PciAddress,
+        /// The driver.
+        driver: String,
     },
+    /// A step failed when others had been done.
+    #[error("{cause}; {aftermath}")]
+    Interrupted {
+        /// What failed.
+        cause: Box<BindError>,
+        /// What the controllers are bound to now.
+        aftermath: String,
+    },
+}
+
+/// What came of a plan that was carried out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// What is not quite as it should be, in words.
+    pub notes: Vec<String>,
+}
+
+impl Plan {
+    /// Does what is planned.
+    ///
+    /// # Errors
+    /// A step failed. Binding is undone then; unbinding can be repeated.
+    pub fn carry_out(&self, sysfs: &Sysfs) -> Result<Outcome, BindError> {
+        carry_out(self, sysfs, &mut System)
+    }
 }
 
 /// Binds a controller to vfio-pci. Does nothing if it is there already.
 ///
 /// # Errors
 /// It is in use, its group is not viable, or the system refuses.
-pub fn bind(sysfs: &Sysfs, address: PciAddress) -> Result<(), BindError> {
-    let found = controller(sysfs, address)?;
-    if found.is_on_vfio() {
-        return Ok(());
-    }
-    check_free(&found)?;
-    let id = found.iommu_group.ok_or(BindError::NoGroup { address })?;
-    group(sysfs, id)?.check_viable(address)?;
-    if !sysfs.sys("bus/pci/drivers").join(VFIO_PCI).exists() {
-        return Err(BindError::NoVfio { address });
-    }
-    let moved = offer(sysfs, address, VFIO_PCI);
-    if moved.is_ok() && driver(&sysfs.function(address)).as_deref() == Some(VFIO_PCI) {
-        return Ok(());
-    }
-    // Back to where it was; what went wrong first is what is told.
-    let _ = offer(sysfs, address, "");
-    moved.and(Err(BindError::NotTaken { address }))
+pub fn bind(sysfs: &Sysfs, address: PciAddress) -> Result<Outcome, BindError> {
+    Plan::to_bind(sysfs, &[address])?.carry_out(sysfs)
 }
 
-/// Gives a controller back to the kernel's driver, if there is one. Does nothing if it is not on VFIO.
+/// Gives a controller back to the driver that it had before [`bind()`], or to the one that the kernel has for it if that is not
+/// known. Does nothing if it is not on VFIO.
 ///
 /// # Errors
 /// A program has it open, or the system refuses.
-pub fn unbind(sysfs: &Sysfs, address: PciAddress) -> Result<(), BindError> {
-    let found = controller(sysfs, address)?;
-    if found.driver.is_some() && !found.is_on_vfio() {
-        return Ok(());
-    }
-    // The kernel would wait for as long as the device is open.
-    check_free(&found)?;
-    offer(sysfs, address, "")
+pub fn unbind(sysfs: &Sysfs, address: PciAddress) -> Result<Outcome, BindError> {
+    Plan::to_unbind(sysfs, &[address])?.carry_out(sysfs)
 }
 
-fn check_free(found: &PciController) -> Result<(), BindError> {
-    let uses: Vec<String> = found.in_use().map(ToString::to_string).collect();
-    if uses.is_empty() {
-        return Ok(());
+fn carry_out(plan: &Plan, sysfs: &Sysfs, hands: &mut dyn Hands) -> Result<Outcome, BindError> {
+    let mut outcome = Outcome::default();
+    for (index, part) in plan.parts.iter().enumerate() {
+        let mut run = Run { sysfs, hands: &mut *hands, plan, part, held: Vec::new(), wrote: false };
+        if let Err(cause) = run.steps(&mut outcome) {
+            // What is held is let go before the old driver has it again.
+            let wrote = run.wrote;
+            drop(run);
+            let done = if wrote { index + 1 } else { index };
+            let aftermath = undo(&plan.parts[..done], sysfs, hands);
+            return Err(if aftermath.is_empty() {
+                forget(part, sysfs, hands);
+                cause
+            } else {
+                BindError::Interrupted { cause: Box::new(cause), aftermath }
+            });
+        }
     }
-    Err(BindError::InUse { address: found.address, uses: uses.join(", ") })
+    Ok(outcome)
 }
 
-/// Takes the device from its driver and has the kernel look for another: only `wanted`, or any that matches if empty.
-fn offer(sysfs: &Sysfs, address: PciAddress, wanted: &str) -> Result<(), BindError> {
-    let directory = sysfs.function(address);
-    // An empty line clears it; nothing at all would be no write.
-    write(address, &directory.join("driver_override"), &format!("{wanted}\n"))?;
-    if driver(&directory).is_some() {
-        write(address, &directory.join("driver/unbind"), &address.to_string())?;
-    }
-    write(address, &sysfs.sys("bus/pci/drivers_probe"), &address.to_string())
+/// The steps of one part on their way.
+struct Run<'a> {
+    sysfs: &'a Sysfs,
+    hands: &'a mut dyn Hands,
+    plan: &'a Plan,
+    part: &'a Part,
+    held: Vec<File>,
+    /// Whether something may have changed.
+    wrote: bool,
 }
 
-fn write(address: PciAddress, path: &Path, text: &str) -> Result<(), BindError> {
-    fs::OpenOptions::new()
-        .write(true)
-        .open(path)
-        .and_then(|mut file| io::Write::write_all(&mut file, text.as_bytes()))
-        .map_err(|source| {
-            let denied = source.kind() == io::ErrorKind::PermissionDenied;
-            let hint = if denied { "; only root may bind drivers" } else { "" };
-            BindError::Write { address, path: path.to_owned(), source, hint }
-        })
+impl Run<'_> {
+    fn steps(&mut self, outcome: &mut Outcome) -> Result<(), BindError> {
+        for step in &self.part.steps {
+            match &step.action {
+                Action::Remember { path, text } => {
+                    if let Err(error) = self.hands.remember(path, text) {
+                        let address = self.part.address;
+                        let path = path.display();
+                        outcome.notes.push(format!(
+                            "{address}: cannot write {path} ({error}): `pollux unbind` will let the kernel choose the driver"
+                        ));
+                    }
+                }
+                Action::Forget { path } => {
+                    self.hands.forget(path).map_err(|error| self.refused(path, error))?;
+                }
+                Action::Write { path, value } => {
+                    self.wrote = true;
+                    self.hands.write(path, value).map_err(|error| self.refused(path, error))?;
+                }
+                Action::Hold { node } => self.hold(node)?,
+                Action::LookAgain { driver } => self.look_again(driver.as_deref())?,
+                Action::Expect { driver } => self.expect(driver)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn refused(&self, path: &std::path::Path, source: io::Error) -> BindError {
+        let (address, path) = (self.part.address, path.to_owned());
+        let hint = match source.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EACCES | Errno::EPERM) => return BindError::NotAllowed { address, path },
+            Some(Errno::EROFS) => {
+                "; sysfs is mounted read-only here, as containers have it: do it on the host"
+            }
+            _ => "",
+        };
+        BindError::Write { address, path, source, hint }
+    }
+
+    fn hold(&mut self, node: &std::path::Path) -> Result<(), BindError> {
+        let address = self.part.address;
+        match self.hands.hold(node) {
+            Ok(held) => {
+                self.held.extend(held);
+                Ok(())
+            }
+            Err(error) if error.raw_os_error() == Some(Errno::EBUSY as i32) => {
+                let uses = InUse::Claimed { node: node.to_owned() }.to_string();
+                Err(BindError::InUse { address, uses })
+            }
+            Err(source) => Err(BindError::Hold { address, node: node.to_owned(), source }),
+        }
+    }
+
+    fn look_again(&self, driver: Option<&str>) -> Result<(), BindError> {
+        let found = controller(self.sysfs, self.part.address)?;
+        if found.driver.as_deref() != driver {
+            let now = found.driver.unwrap_or_else(|| "none".to_owned());
+            return Err(BindError::Changed { address: found.address, now });
+        }
+        check_free(&found, Own::IsOurs)?;
+        check_usable(self.sysfs, &found, &self.plan.addresses)
+    }
+
+    fn expect(&self, wanted: &str) -> Result<(), BindError> {
+        let address = self.part.address;
+        match driver(&self.sysfs.function(address)) {
+            Some(driver) if driver == wanted => Ok(()),
+            _ => Err(BindError::NotTaken { address, driver: wanted.to_owned() }),
+        }
+    }
+}
+
+/// Puts back what binding has changed, the last first. Says what came of it; nothing if there is nothing to say.
+fn undo(parts: &[Part], sysfs: &Sysfs, hands: &mut dyn Hands) -> String {
+    let mut said = Vec::new();
+    for part in parts.iter().rev() {
+        let address = part.address;
+        let undone = match &part.before {
+            None => Ok(()),
+            Some(before) => {
+                let steps = steps_back(sysfs, address, Some(before));
+                let back = Part { address, before: None, steps };
+                let plan = Plan { parts: Vec::new(), addresses: vec![address] };
+                let mut run = Run {
+                    sysfs,
+                    hands: &mut *hands,
+                    plan: &plan,
+                    part: &back,
+                    held: Vec::new(),
+                    wrote: false,
+                };
+                run.steps(&mut Outcome::default())
+            }
+        };
+        let now =
+            driver(&sysfs.function(address)).map_or("no driver".to_owned(), |name| format!("driver {name}"));
+        match (undone, &part.before) {
+            (Ok(()), Some(_)) => {
+                forget(part, sysfs, hands);
+                said.push(format!("{address} is as it was before ({now})"));
+            }
+            (Ok(()), None) => said.push(format!("{address} has {now} now; `pollux unbind {address}` tries again")),
+            (Err(error), _) => said.push(format!(
+                "and it could not be put back ({error}): {address} has {now} now; `pollux unbind {address}` tries again"
+            )),
+        }
+    }
+    said.join("; ")
+}
+
+/// Removes the record of a binding that was undone. One that stays does no harm: it tells what is so.
+fn forget(part: &Part, sysfs: &Sysfs, hands: &mut dyn Hands) {
+    if part.before.is_some() {
+        let _ = hands.forget(&record::path(sysfs, part.address));
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::pci::tests::FakeSystem;
-
-    const ADDRESS: &str = "0000:01:00.0";
-    const NVME: &str = "0x010802";
-
-    fn address() -> PciAddress {
-        ADDRESS.parse().unwrap()
-    }
-
-    /// A controller on `driver`, with the files that binding writes to.
-    fn system(driver: Option<&str>) -> FakeSystem {
-        let system = FakeSystem::new();
-        system.function(ADDRESS, NVME, driver, Some(7));
-        system.write(&format!("sys/bus/pci/devices/{ADDRESS}/driver_override"), "");
-        system.write("sys/bus/pci/drivers_probe", "");
-        for driver in ["nvme", VFIO_PCI] {
-            system.write(&format!("sys/bus/pci/drivers/{driver}/unbind"), "");
-        }
-        system
-    }
-
-    fn read(system: &FakeSystem, path: &str) -> String {
-        fs::read_to_string(system.sysfs().sys(path)).unwrap()
-    }
-
-    #[test]
-    fn a_controller_is_taken_from_its_driver_and_offered_to_vfio_only() {
-        let system = system(Some("nvme"));
-        // Nobody acts on the files here, so it stays where it is, and is given back.
-        let error = bind(&system.sysfs(), address()).unwrap_err().to_string();
-        assert!(error.contains("vfio-pci does not take it"), "{error}");
-        assert_eq!(read(&system, "bus/pci/drivers/nvme/unbind"), ADDRESS);
-        assert_eq!(read(&system, "bus/pci/drivers_probe"), ADDRESS);
-        let override_file = format!("bus/pci/devices/{ADDRESS}/driver_override");
-        assert!(read(&system, &override_file).starts_with('\n'), "the override was cleared");
-    }
-
-    #[test]
-    fn a_controller_on_vfio_stays_and_goes_back() {
-        let system = system(Some(VFIO_PCI));
-        bind(&system.sysfs(), address()).unwrap();
-        assert_eq!(read(&system, "bus/pci/drivers_probe"), "");
-        unbind(&system.sysfs(), address()).unwrap();
-        assert_eq!(read(&system, "bus/pci/drivers/vfio-pci/unbind"), ADDRESS);
-        assert_eq!(read(&system, "bus/pci/drivers_probe"), ADDRESS);
-    }
-
-    #[test]
-    fn a_controller_of_the_kernel_need_not_be_given_back() {
-        let system = system(Some("nvme"));
-        unbind(&system.sysfs(), address()).unwrap();
-        assert_eq!(read(&system, "bus/pci/drivers/nvme/unbind"), "");
-    }
-
-    #[test]
-    fn what_is_used_is_left_alone() {
-        let mounted = system(Some("nvme"));
-        mounted.write(&format!("sys/bus/pci/devices/{ADDRESS}/nvme/nvme0/nvme0n1/size"), "8");
-        mounted.write("proc/self/mountinfo", "1 0 259:0 / /home rw - ext4 /dev/nvme0n1 rw\n");
-        let error = bind(&mounted.sysfs(), address()).unwrap_err().to_string();
-        assert!(error.contains("nvme0n1 is mounted on /home"), "{error}");
-        assert_eq!(read(&mounted, "bus/pci/drivers/nvme/unbind"), "");
-
-        let open = system(Some(VFIO_PCI));
-        open.link("proc/41/fd/3", "/dev/vfio/7");
-        let error = unbind(&open.sysfs(), address()).unwrap_err().to_string();
-        assert!(error.contains("/dev/vfio/7 is open in process 41"), "{error}");
-        assert_eq!(read(&open, "bus/pci/drivers/vfio-pci/unbind"), "");
-    }
-
-    #[test]
-    fn nothing_is_touched_where_vfio_could_not_use_it() {
-        let lonely = FakeSystem::new();
-        lonely.function(ADDRESS, NVME, Some("nvme"), None);
-        assert!(matches!(bind(&lonely.sysfs(), address()), Err(BindError::NoGroup { .. })));
-
-        let crowded = system(Some("nvme"));
-        crowded.function("0000:01:00.1", "0x020000", Some("e1000e"), Some(7));
-        let error = bind(&crowded.sysfs(), address()).unwrap_err().to_string();
-        assert!(error.contains("0000:01:00.1, bound to the driver e1000e"), "{error}");
-
-        let unloaded = FakeSystem::new();
-        unloaded.function(ADDRESS, NVME, Some("nvme"), Some(7));
-        let error = bind(&unloaded.sysfs(), address()).unwrap_err().to_string();
-        assert!(error.contains("modprobe vfio-pci"), "{error}");
-    }
-}
+mod tests;

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use super::{PciAddress, PciError, Sysfs, driver, entries, hex, is_vfio_driver, link_name, text};
+use super::{NVME_CLASS, PciAddress, PciError, Sysfs, driver, entries, hex, is_vfio_driver, link_name, text};
 
 /// Base class and subclass of PCI bridges, which may keep their driver.
 const BRIDGE_CLASS: u32 = 0x06_04;
@@ -42,22 +42,66 @@ impl GroupMember {
 }
 
 impl IommuGroup {
-    /// Whether the group can be handed out for the device at `address`, which is looked at by the caller.
+    /// Whether the group can be handed out for the devices `wanted`, which are looked at by the caller.
     ///
     /// # Errors
-    /// [`PciError::GroupNotViable`] with the first device in the way.
-    pub fn check_viable(&self, address: PciAddress) -> Result<(), PciError> {
-        let in_the_way =
-            self.members.iter().find(|member| member.address != address && !member.stands_aside());
-        match in_the_way {
-            None => Ok(()),
-            Some(other) => Err(PciError::GroupNotViable {
-                address,
-                group: self.id,
-                other: other.address,
-                driver: other.driver.clone().unwrap_or_default(),
-            }),
+    /// [`PciError::GroupNotViable`], in the name of the first of `wanted`, with the devices in the way.
+    pub fn check_viable(&self, wanted: &[PciAddress]) -> Result<(), PciError> {
+        let in_the_way = |member: &&GroupMember| !wanted.contains(&member.address) && !member.stands_aside();
+        let others: Vec<GroupMember> = self.members.iter().filter(in_the_way).cloned().collect();
+        match wanted.first() {
+            Some(&address) if !others.is_empty() => {
+                Err(PciError::GroupNotViable { address, group: self.id, others })
+            }
+            _ => Ok(()),
         }
+    }
+}
+
+/// Says which devices keep a group from being handed out, and what could be done.
+pub(super) fn in_the_way(address: PciAddress, group: u32, others: &[GroupMember]) -> String {
+    let named: Vec<String> = others
+        .iter()
+        .map(|other| {
+            let driver = other.driver.as_deref().unwrap_or("none");
+            format!("{}, bound to the driver {driver} ({})", other.address, kind(other.class))
+        })
+        .collect();
+    let (nvme, rest): (Vec<_>, Vec<_>) = others.iter().partition(|other| other.class == NVME_CLASS);
+    let mut ways = Vec::new();
+    if !nvme.is_empty() {
+        let all: Vec<String> = nvme.iter().map(|other| other.address.to_string()).collect();
+        ways.push(format!(
+            "bind the controllers together, if nobody uses them: `pollux bind {address} {}`",
+            all.join(" ")
+        ));
+    }
+    for other in rest {
+        let at = other.address;
+        ways.push(format!(
+            "take {at} from its driver, if nobody needs it: `echo {at} > /sys/bus/pci/devices/{at}/driver/unbind`"
+        ));
+    }
+    ways.push("or put the drive into a slot with a group of its own".to_owned());
+    format!(
+        "{address}: IOMMU group {group} also holds {}, and is handed out as a whole; {}",
+        named.join(" and "),
+        ways.join("; ")
+    )
+}
+
+/// The kind of device of a class code (PCI Code and ID Assignment).
+fn kind(class: u32) -> &'static str {
+    match class >> 16 {
+        _ if class == NVME_CLASS => "another NVMe controller",
+        0x01 => "a storage controller",
+        0x02 => "a network controller",
+        0x03 => "a display controller",
+        0x04 => "a multimedia device",
+        0x06 => "a bridge",
+        0x0c => "a serial bus controller, such as USB",
+        0x12 => "an accelerator",
+        _ => "a device of another kind",
     }
 }
 

@@ -1,14 +1,19 @@
-//! Who uses a controller: mounts, swap, stacked block devices, programs.
+//! Who uses a controller: mounts, swap, programs, and whatever is stacked on its block devices, up to the top of the stack.
 //!
-//! Invariants: a use that this module reports is one; what it cannot see (files that other users' programs have open) it
-//! does not guess.
+//! Invariants: a use that this module reports is one; what it cannot see (files that other users' programs have open, mounts of other
+//! mount namespaces, ZFS pools) it does not guess. [`bind()`](super::bind()) finds out about most of that by opening the namespaces
+//! exclusively.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{PciError, Sysfs, entries, text};
+use super::open_files::OpenFiles;
+use super::{PciError, Sysfs, entries, link_name, text};
+
+/// Block devices looked at from one namespace at most: a stack of RAID, LVM and encryption has a handful.
+const MAX_STACK: usize = 256;
 
 /// A use that stands against taking a controller away.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +26,13 @@ pub enum InUse {
         /// Where.
         at: PathBuf,
     },
+    /// It is one of several devices of a file system that is mounted (btrfs).
+    Member {
+        /// Block device.
+        device: String,
+        /// The file system.
+        of: String,
+    },
     /// It is swapped to.
     Swap {
         /// Block device.
@@ -32,6 +44,15 @@ pub enum InUse {
         device: String,
         /// The other, such as `dm-0` or `md127`.
         by: String,
+        /// What that is, in words.
+        what: String,
+    },
+    /// It is offered to other hosts (the kernel's NVMe target).
+    Exported {
+        /// Block device.
+        device: String,
+        /// The subsystem's name.
+        subsystem: String,
     },
     /// A program has its node open.
     Open {
@@ -42,17 +63,31 @@ pub enum InUse {
         /// Its name.
         program: String,
     },
+    /// Somebody has claimed it, who cannot be seen from here.
+    Claimed {
+        /// Path of the node.
+        node: PathBuf,
+    },
 }
 
 impl fmt::Display for InUse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             InUse::Mounted { device, at } => write!(f, "{device} is mounted on {}", at.display()),
+            InUse::Member { device, of } => write!(f, "{device} belongs to {of}"),
             InUse::Swap { device } => write!(f, "{device} is swap space in use"),
-            InUse::Held { device, by } => write!(f, "{device} is held by {by}"),
+            InUse::Held { device, by, what } => write!(f, "{device} is held by {by} ({what})"),
+            InUse::Exported { device, subsystem } => {
+                write!(f, "{device} is offered to other hosts as {subsystem}")
+            }
             InUse::Open { node, pid, program } => {
                 write!(f, "{} is open in process {pid} ({program})", node.display())
             }
+            InUse::Claimed { node } => write!(
+                f,
+                "{} is claimed by the kernel for somebody who is not seen from here, such as a container's mount or a ZFS pool",
+                node.display()
+            ),
         }
     }
 }
@@ -62,38 +97,185 @@ impl fmt::Display for InUse {
 pub struct BlockDevice {
     /// Its name, such as `nvme0n1`.
     pub name: String,
+    /// Whether it is a partition.
+    pub is_partition: bool,
     /// Bytes, if shown.
     pub bytes: Option<u64>,
-    /// Who uses it.
+    /// Who uses it, and what is built on it.
     pub in_use: Vec<InUse>,
 }
 
-/// Namespaces of the controller in `directory` (`…/nvme/nvme0`), and their partitions.
-pub(super) fn block_devices(sysfs: &Sysfs, directory: &Path) -> Result<Vec<BlockDevice>, PciError> {
-    let mut names = BTreeSet::new();
-    for entry in entries(directory)? {
-        let Some(namespace) = namespace_name(&entry) else { continue };
-        let class = sysfs.sys("class/block").join(&namespace);
-        names.extend(entries(&class)?.into_iter().filter(|name| class.join(name).join("partition").exists()));
-        names.insert(namespace);
+/// What uses block devices, at one moment.
+pub(super) struct Uses<'a> {
+    sysfs: &'a Sysfs,
+    mounts: String,
+    swaps: Vec<String>,
+    /// Loop devices and what they are on.
+    loops: Vec<(String, PathBuf)>,
+    /// Block devices of mounted btrfs file systems, with the file system.
+    members: Vec<(String, String)>,
+    /// Nodes that the kernel's NVMe target offers, with the subsystem.
+    exports: Vec<(PathBuf, String)>,
+    open: OpenFiles,
+}
+
+impl<'a> Uses<'a> {
+    /// Looks at the system.
+    pub(super) fn look(sysfs: &'a Sysfs) -> Self {
+        let swaps = fs::read_to_string(sysfs.proc("swaps")).unwrap_or_default();
+        Self {
+            mounts: fs::read_to_string(sysfs.proc("self/mountinfo")).unwrap_or_default(),
+            swaps: swaps.lines().skip(1).filter_map(|line| device_of(sysfs, first_word(line))).collect(),
+            loops: loops(sysfs),
+            members: members(sysfs),
+            exports: exports(sysfs),
+            open: OpenFiles::scan(sysfs),
+            sysfs,
+        }
     }
-    let mounts = fs::read_to_string(sysfs.proc("self/mountinfo")).unwrap_or_default();
-    let swaps = fs::read_to_string(sysfs.proc("swaps")).unwrap_or_default();
-    names
-        .into_iter()
-        .map(|name| {
-            let class = sysfs.sys("class/block").join(&name);
-            let mut in_use = mounted(&name, text(&class.join("dev")).as_deref(), &mounts);
-            if swaps.lines().any(|line| first_word(line) == format!("/dev/{name}")) {
-                in_use.push(InUse::Swap { device: name.clone() });
-            }
-            let holders = entries(&class.join("holders"))?;
-            in_use.extend(holders.into_iter().map(|by| InUse::Held { device: name.clone(), by }));
+
+    /// Programs that have `node` open.
+    pub(super) fn open(&self, node: &Path) -> Vec<InUse> {
+        self.open.of(self.sysfs, node)
+    }
+
+    /// Namespaces of the controller in `directory` (`…/nvme/nvme0`), and their partitions.
+    pub(super) fn block_devices(&self, directory: &Path) -> Result<Vec<BlockDevice>, PciError> {
+        let mut names = BTreeSet::new();
+        for entry in entries(directory)? {
+            let Some(namespace) = namespace_name(&entry) else { continue };
+            names.extend(partitions(self.sysfs, &namespace)?.into_iter().map(|name| (name, true)));
+            names.insert((namespace, false));
+        }
+        let described = |(name, is_partition): (String, bool)| {
+            let mut in_use = Vec::new();
+            self.add_uses(&name, &mut BTreeSet::new(), &mut in_use)?;
             // sysfs counts in units of 512 bytes, whatever the block size.
-            let bytes = text(&class.join("size")).and_then(|size| size.parse::<u64>().ok()?.checked_mul(512));
-            Ok(BlockDevice { name, bytes, in_use })
+            let size = text(&self.class(&name).join("size"));
+            let bytes = size.and_then(|size| size.parse::<u64>().ok()?.checked_mul(512));
+            Ok(BlockDevice { name, is_partition, bytes, in_use })
+        };
+        names.into_iter().map(described).collect()
+    }
+
+    fn class(&self, name: &str) -> PathBuf {
+        self.sysfs.sys("class/block").join(name)
+    }
+
+    /// Adds the uses of a block device, and those of what is built on it.
+    fn add_uses(
+        &self,
+        name: &str,
+        seen: &mut BTreeSet<String>,
+        found: &mut Vec<InUse>,
+    ) -> Result<(), PciError> {
+        if seen.len() >= MAX_STACK || !seen.insert(name.to_owned()) {
+            return Ok(());
+        }
+        let (device, class, node) = (name.to_owned(), self.class(name), Path::new("/dev").join(name));
+        found.extend(mounted(name, text(&class.join("dev")).as_deref(), &self.aliases(name), &self.mounts));
+        if self.swaps.iter().any(|swap| swap == name) {
+            found.push(InUse::Swap { device: device.clone() });
+        }
+        let of = self.members.iter().find(|(member, _)| member == name);
+        found.extend(of.map(|(_, of)| InUse::Member { device: device.clone(), of: of.clone() }));
+        let exports = self.exports.iter().filter(|(exported, _)| *exported == node);
+        found.extend(
+            exports.map(|(_, subsystem)| InUse::Exported {
+                device: device.clone(),
+                subsystem: subsystem.clone(),
+            }),
+        );
+        found.extend(self.open(&node));
+        let on_it = self.loops.iter().filter(|(_, backing)| *backing == node).map(|(name, _)| name.clone());
+        for by in entries(&class.join("holders"))?.into_iter().chain(on_it) {
+            let what = self.kind(&by);
+            found.push(InUse::Held { device: device.clone(), by: by.clone(), what });
+            for partition in partitions(self.sysfs, &by)? {
+                self.add_uses(&partition, seen, found)?;
+            }
+            self.add_uses(&by, seen, found)?;
+        }
+        Ok(())
+    }
+
+    /// The names under which a file system on a block device may be mounted.
+    fn aliases(&self, name: &str) -> Vec<String> {
+        let mapped = text(&self.class(name).join("dm/name")).map(|mapped| format!("/dev/mapper/{mapped}"));
+        [format!("/dev/{name}")].into_iter().chain(mapped).collect()
+    }
+
+    /// What a block device that is built on others is, in words.
+    fn kind(&self, name: &str) -> String {
+        let class = self.class(name);
+        if let Some(mapped) = text(&class.join("dm/name")) {
+            let uuid = text(&class.join("dm/uuid")).unwrap_or_default();
+            let kind = match uuid.split('-').next() {
+                Some("LVM") => "LVM volume",
+                Some("CRYPT") => "encrypted volume",
+                Some("mpath") => "multipath device",
+                _ => "device mapper volume",
+            };
+            return format!("{kind} {mapped}");
+        }
+        if let Some(level) = text(&class.join("md/level")) {
+            return format!("RAID array, {level}");
+        }
+        let known = [("loop", "loop device"), ("bcache", "bcache"), ("drbd", "DRBD"), ("md", "RAID array")];
+        let kind = known.iter().find(|(prefix, _)| name.starts_with(prefix));
+        kind.map_or("another block device", |(_, kind)| kind).to_owned()
+    }
+}
+
+/// Partitions of a block device.
+fn partitions(sysfs: &Sysfs, name: &str) -> Result<Vec<String>, PciError> {
+    let class = sysfs.sys("class/block").join(name);
+    let entries = entries(&class)?;
+    Ok(entries.into_iter().filter(|entry| class.join(entry).join("partition").exists()).collect())
+}
+
+/// The block device behind a path such as `/dev/dm-0` or `/dev/mapper/swap`.
+fn device_of(sysfs: &Sysfs, path: &str) -> Option<String> {
+    let below = Path::new(path).strip_prefix("/dev").ok()?;
+    let name =
+        link_name(&sysfs.dev(below)).or_else(|| Some(below.file_name()?.to_string_lossy().into_owned()));
+    name.map(|name| name.trim_end_matches(r"\040(deleted)").to_owned())
+}
+
+fn loops(sysfs: &Sysfs) -> Vec<(String, PathBuf)> {
+    let directory = sysfs.sys("class/block");
+    let names = entries(&directory).unwrap_or_default().into_iter().filter(|name| name.starts_with("loop"));
+    names
+        .filter_map(|name| {
+            let backing = text(&directory.join(&name).join("loop/backing_file"))?;
+            Some((name, PathBuf::from(backing)))
         })
         .collect()
+}
+
+/// btrfs shows only one device of a file system in the list of mounts.
+fn members(sysfs: &Sysfs) -> Vec<(String, String)> {
+    let directory = sysfs.sys("fs/btrfs");
+    let mut found = Vec::new();
+    for uuid in entries(&directory).unwrap_or_default() {
+        for device in entries(&directory.join(&uuid).join("devices")).unwrap_or_default() {
+            found.push((device, format!("the mounted btrfs file system {uuid}")));
+        }
+    }
+    found
+}
+
+fn exports(sysfs: &Sysfs) -> Vec<(PathBuf, String)> {
+    let directory = sysfs.sys("kernel/config/nvmet/subsystems");
+    let mut found = Vec::new();
+    for subsystem in entries(&directory).unwrap_or_default() {
+        let namespaces = directory.join(&subsystem).join("namespaces");
+        for namespace in entries(&namespaces).unwrap_or_default() {
+            let path = text(&namespaces.join(namespace).join("device_path"));
+            found.extend(path.map(|path| (PathBuf::from(path), subsystem.clone())));
+        }
+    }
+    found
 }
 
 /// The block device of an entry of the controller's directory: `nvme0n1`, or with multipath `nvme0c1n1`, which is a path
@@ -107,17 +289,16 @@ fn namespace_name(entry: &str) -> Option<String> {
     (digits(subsystem) && digits(namespace) && is_path).then(|| format!("nvme{subsystem}n{namespace}"))
 }
 
-/// Mounts of a block device, by its number, or by its name where the file system has a number of its own (btrfs).
+/// Mounts of a block device, by its number, or by one of its names where the file system has a number of its own (btrfs).
 /// Format: proc_pid_mountinfo(5).
-fn mounted(name: &str, number: Option<&str>, mounts: &str) -> Vec<InUse> {
-    let node = format!("/dev/{name}");
+fn mounted(name: &str, number: Option<&str>, nodes: &[String], mounts: &str) -> Vec<InUse> {
     let mut found = Vec::new();
     for line in mounts.lines() {
         let Some((before, after)) = line.split_once(" - ") else { continue };
         let mut fields = before.split(' ');
         let (Some(device), Some(at)) = (fields.nth(2), fields.nth(1)) else { continue };
         let source = after.split(' ').nth(1);
-        if Some(device) == number || source == Some(&node) {
+        if Some(device) == number || source.is_some_and(|source| nodes.iter().any(|node| node == source)) {
             found.push(InUse::Mounted { device: name.to_owned(), at: PathBuf::from(unescape(at)) });
         }
     }
@@ -143,24 +324,6 @@ fn unescape(text: &str) -> String {
         rest = if escape.is_some() { &tail[3..] } else { tail };
     }
     String::from_utf8_lossy(&bytes).into_owned()
-}
-
-/// Programs that have `node` open, as far as the caller may look into their descriptors: all of them for root, one's own
-/// otherwise. The caller's own process is among them.
-pub fn who_has_open(sysfs: &Sysfs, node: &Path) -> Vec<InUse> {
-    let Ok(processes) = entries(&sysfs.proc("")) else { return Vec::new() };
-    let mut found = Vec::new();
-    for pid in processes.iter().filter_map(|name| name.parse::<u32>().ok()) {
-        let directory = sysfs.proc(pid.to_string());
-        let Ok(descriptors) = entries(&directory.join("fd")) else { continue };
-        let opens =
-            |name: &String| fs::read_link(directory.join("fd").join(name)).is_ok_and(|target| target == node);
-        if descriptors.iter().any(opens) {
-            let program = text(&directory.join("comm")).unwrap_or_default();
-            found.push(InUse::Open { node: node.to_owned(), pid, program });
-        }
-    }
-    found
 }
 
 #[cfg(test)]
@@ -191,7 +354,7 @@ mod tests {
             30 22 0:45 /sub /srv rw - btrfs /dev/nvme0n1p2 rw\n\
             31 22 0:5 / /dev rw - devtmpfs devtmpfs rw\n\
             nonsense\n";
-        let at = |name, number| mounted(name, number, mounts);
+        let at = |name: &str, number| mounted(name, number, &[format!("/dev/{name}")], mounts);
         assert_eq!(
             at("nvme0n1p1", Some("259:2")),
             [InUse::Mounted { device: "nvme0n1p1".into(), at: "/".into() }]

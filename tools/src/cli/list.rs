@@ -94,7 +94,7 @@ fn row(controller: &PciController) -> [String; 7] {
         .clone()
         .unwrap_or_else(|| format!("[{:04x}:{:04x}]", controller.vendor_id, controller.device_id));
     // Partitions lie within the namespaces.
-    let namespaces = controller.block_devices.iter().filter(|device| !is_partition(&device.name));
+    let namespaces = controller.block_devices.iter().filter(|device| !device.is_partition);
     let bytes: u64 = namespaces.filter_map(|device| device.bytes).sum();
     let uses: Vec<String> = controller.in_use().map(ToString::to_string).collect();
     [
@@ -106,14 +106,6 @@ fn row(controller: &PciController) -> [String; 7] {
         or_nothing(controller.numa_node.map(|node| node.to_string())),
         if uses.is_empty() { "no".to_owned() } else { uses.join("; ") },
     ]
-}
-
-/// Whether a block device such as `nvme0n1p2` is a partition.
-fn is_partition(name: &str) -> bool {
-    name.rsplit_once('p').is_some_and(|(whole, number)| {
-        whole.ends_with(|last: char| last.is_ascii_digit())
-            && number.bytes().all(|byte| byte.is_ascii_digit())
-    })
 }
 
 #[cfg(test)]
@@ -145,10 +137,16 @@ mod tests {
         let at = PathBuf::from("/srv");
         let part = BlockDevice {
             name: "nvme0n1p1".to_owned(),
+            is_partition: true,
             bytes: Some(1 << 30),
             in_use: vec![InUse::Mounted { device: "nvme0n1p1".to_owned(), at }],
         };
-        let whole = BlockDevice { name: "nvme0n1".to_owned(), bytes: Some(2 << 30), in_use: Vec::new() };
+        let whole = BlockDevice {
+            name: "nvme0n1".to_owned(),
+            is_partition: false,
+            bytes: Some(2 << 30),
+            in_use: Vec::new(),
+        };
         PciController {
             driver: Some("nvme".to_owned()),
             iommu_group: Some(12),

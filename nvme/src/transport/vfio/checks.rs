@@ -36,7 +36,7 @@ pub(super) fn check(sysfs: &Sysfs, address: PciAddress) -> Result<Way, VfioError
     if found.without_iommu || sysfs.dev(format!("vfio/noiommu-{group}")).exists() {
         return Err(VfioError::WithoutIommu { address, group });
     }
-    found.check_viable(address)?;
+    found.check_viable(&[address])?;
     let node = sysfs.dev(format!("vfio/{group}"));
     if !node.exists() {
         return Err(VfioError::NoNode { address, node });

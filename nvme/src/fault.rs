@@ -22,13 +22,14 @@
 //! - the epoch grows with each revival, so that one load tells a queue that it is running *and* that nothing has been
 //!   reset behind its back.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{OnceLock, PoisonError};
 
 use nvme_spec::{CommandId, QueueId};
 use thiserror::Error;
 
+use crate::planted::Bug;
 use crate::queue::ProtocolError;
+use crate::sync::{AtomicU32, Mutex, Ordering, order_unless};
 use crate::transport::TransportError;
 
 /// Why a controller is not used any more.
@@ -217,7 +218,7 @@ impl Health {
     #[inline]
     pub(crate) fn pulse(&self) -> Pulse {
         // Acquire: pairs with the release in `apply`, so that a queue that sees a state also sees the fault.
-        Pulse(self.pulse.load(Ordering::Acquire))
+        Pulse(self.pulse.load(order_unless(Bug::PulseReadRelaxed, Ordering::Acquire)))
     }
 
     pub(crate) fn life(&self) -> Life {
@@ -226,7 +227,7 @@ impl Health {
 
     /// Holds the lock of the cause, for a test.
     #[cfg(test)]
-    pub(crate) fn hold_cause(&self) -> std::sync::MutexGuard<'_, Option<Fault>> {
+    pub(crate) fn hold_cause(&self) -> impl std::ops::Deref<Target = Option<Fault>> {
         self.cause.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -269,7 +270,11 @@ impl Health {
             Some(epoch << LIFE_BITS | after as u32)
         };
         // AcqRel: the release publishes the fault and whatever was read to prove the controller quiet.
-        let _ = self.pulse.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+        let _ = self.pulse.fetch_update(
+            order_unless(Bug::PulseRelaxed, Ordering::AcqRel),
+            Ordering::Acquire,
+            next,
+        );
     }
 
     /// The fault that ended the controller.

@@ -18,7 +18,8 @@ use std::time::Duration;
 use nvme_spec::{CommandId, QueueId, SubmissionEntry};
 
 use crate::fault::Pulse;
-use crate::sync::{AtomicU8, Ordering};
+use crate::planted::Bug;
+use crate::sync::{AtomicU8, Ordering, order_unless};
 use crate::wake;
 
 /// What an owner wants done by admin command.
@@ -125,7 +126,7 @@ impl Lane {
     /// The keeper's.
     pub(crate) fn reply(&self, answer: Answer) {
         // Release: pairs with the acquire in `answer`.
-        self.answer.store(answer as u8, Ordering::Release);
+        self.answer.store(answer as u8, order_unless(Bug::AnswerRelaxed, Ordering::Release));
         if let Some(waker) = &self.waker {
             wake::signal(waker);
         }
@@ -133,7 +134,7 @@ impl Lane {
 
     pub(crate) fn answer(&self) -> Answer {
         // Acquire: what the keeper did before it replied is visible.
-        match self.answer.load(Ordering::Acquire) {
+        match self.answer.load(order_unless(Bug::AnswerReadRelaxed, Ordering::Acquire)) {
             1 => Answer::Aborted,
             2 => Answer::NotAborted,
             3 => Answer::Deleted,
@@ -147,6 +148,7 @@ impl Lane {
 #[cfg(all(test, loom))]
 mod loom_tests {
     use super::*;
+    use crate::planted::assert_caught;
     use loom::sync::atomic::AtomicU32;
     use loom::sync::{Arc, Mutex};
     use loom::thread;
@@ -157,8 +159,7 @@ mod loom_tests {
     }
 
     /// Whoever reads an answer sees what was done for it, and never the answer to the question before.
-    #[test]
-    fn loom_an_answer_is_of_this_question_and_comes_after_the_deed() {
+    fn ask_and_answer() {
         loom::model(|| {
             let lane = Arc::new(lane());
             let (desk, done) = (Arc::new(Mutex::new(false)), Arc::new(AtomicU32::new(0)));
@@ -181,5 +182,16 @@ mod loom_tests {
             }
             keeper.join().unwrap();
         });
+    }
+
+    #[test]
+    fn loom_an_answer_is_of_this_question_and_comes_after_the_deed() {
+        ask_and_answer();
+    }
+
+    #[test]
+    fn loom_an_answer_that_orders_nothing_is_caught() {
+        assert_caught(Bug::AnswerRelaxed, ask_and_answer);
+        assert_caught(Bug::AnswerReadRelaxed, ask_and_answer);
     }
 }

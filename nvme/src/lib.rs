@@ -22,9 +22,12 @@ pub mod handshake;
 pub mod identity;
 mod keeper;
 mod lane;
+#[cfg(all(test, loom))]
+mod models;
 pub mod open;
 mod ops;
 pub mod pci;
+mod planted;
 mod prp;
 mod queue;
 pub mod queue_pair;

@@ -7,6 +7,8 @@
 
 use thiserror::Error;
 
+use crate::planted::{Bug, is_planted};
+
 /// Bytes of a PRP entry.
 const ENTRY_BYTES: usize = 8;
 
@@ -103,7 +105,10 @@ pub(crate) fn build(
     };
     match touched {
         1 => return Ok(Prps { prp1: first, prp2: 0 }),
-        2 => return Ok(Prps { prp1: first, prp2: page_address(1) }),
+        2 => {
+            let second = if is_planted(Bug::SecondPageIsFirst) { 0 } else { 1 };
+            return Ok(Prps { prp1: first, prp2: page_address(second) });
+        }
         _ => {}
     }
     let entries = touched - 1;
@@ -118,7 +123,7 @@ pub(crate) fn build(
             store(at, list.iova + ((at + 1) * ENTRY_BYTES) as u64);
             at += 1;
         }
-        store(at, page_address(index));
+        store(at, page_address(if is_planted(Bug::PrpListOffByOne) { index - 1 } else { index }));
         at += 1;
     }
     Ok(Prps { prp1: first, prp2: list.iova })

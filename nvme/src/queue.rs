@@ -15,17 +15,18 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use nvme_spec::completion::{PHASE_DWORD_BIT, PHASE_DWORD_OFFSET};
 use nvme_spec::registers::{Cap, Doorbell, doorbell_offset};
 use nvme_spec::{CQE_BYTES, CommandId, CompletionEntry, QueueId, SQE_BYTES, Status, SubmissionEntry};
-use reactor::dma::{DmaCells, DmaRegion};
+use reactor::dma::{DeviceWord, DmaCells, DmaRegion};
 use thiserror::Error;
 
+use crate::planted::{Bug, is_planted};
 use crate::ring::{CompletionRing, SubmissionRing};
 use crate::shadow::{ShadowDoorbells, ShadowMemory};
 use crate::slots::{BadCid, Command, CommandSlots};
+use crate::sync::{Ordering, fence_unless, order_unless};
 use crate::transport::{Transport, TransportError, aligned};
 
 /// Fewest completion queue entries beyond the submission queue's, if the controller allows them: see [`Queue::ring_completions`].
@@ -148,7 +149,8 @@ impl Queue {
             sq_doorbell: doorbell_offset(shape.dstrd, shape.id, Doorbell::SubmissionTail),
             cq_doorbell: doorbell_offset(shape.dstrd, shape.id, Doorbell::CompletionHead),
             slots: CommandSlots::new(shape.slots),
-            slack: shape.cq_entries - shape.sq_entries,
+            // A completion queue may be the shorter one; then its head is told each time.
+            slack: shape.cq_entries.saturating_sub(shape.sq_entries),
             shadow: shadow.map(|memory| ShadowDoorbells::new(memory, shape)),
             transport,
         })
@@ -217,7 +219,7 @@ impl Queue {
     pub(crate) fn ring(&mut self) -> bool {
         let Some(tail) = self.sq.ring() else { return false };
         // Release: the entries before the doorbell that makes the device read them.
-        fence(Ordering::Release);
+        fence_unless(Bug::TailFenceMissing, Ordering::Release);
         let write = self.shadow.as_mut().is_none_or(|shadow| shadow.submission.publish(tail));
         if write {
             self.transport.doorbell(self.sq_doorbell, tail);
@@ -234,7 +236,7 @@ impl Queue {
 
     /// The dwords of the entry that comes next.
     #[inline]
-    fn next_entry(&self) -> &[AtomicU32; CQE_DWORDS] {
+    fn next_entry(&self) -> &[DeviceWord; CQE_DWORDS] {
         self.cq_memory.entry_32::<CQE_DWORDS>(self.cq.head())
     }
 
@@ -257,14 +259,14 @@ impl Queue {
     pub(crate) fn take(&mut self) -> Result<Option<Taken>, Box<ProtocolError>> {
         let dwords = self.next_entry();
         // Acquire: the rest of the entry is read after its phase tag; pairs with the device's write order (§4.1).
-        let last = dwords[PHASE_DWORD_OFFSET / 4].load(Ordering::Acquire);
-        if !self.has_phase(last) {
+        let last = dwords[PHASE_DWORD_OFFSET / 4].load(order_unless(Bug::PhaseRelaxed, Ordering::Acquire));
+        if !self.has_phase(last) && !is_planted(Bug::PhaseUnchecked) {
             return Ok(None);
         }
         // Relaxed: ordered after the acquire of the phase tag. Each dword is read once, and not looked at again.
         let entry: CompletionEntry = zerocopy::transmute!([0, 0, dwords[2].load(Ordering::Relaxed), last]);
         self.cq.advance();
-        if entry.sq_id.get() != self.id.get() {
+        if entry.sq_id.get() != self.id.get() && !is_planted(Bug::QueueUnchecked) {
             return Err(foreign_queue(entry.sq_id.get()));
         }
         let command = match self.slots.find(entry.command_id()) {
@@ -272,7 +274,8 @@ impl Queue {
             Err(bad) => return Err(bad_cid(bad, entry.cid.get())),
         };
         let sq_head = entry.sq_head.get();
-        if !self.sq.head_is_possible(command.sequence, u32::from(sq_head)) {
+        if !self.sq.head_is_possible(command.sequence, u32::from(sq_head)) && !is_planted(Bug::HeadUnchecked)
+        {
             return Err(bad_sq_head(entry.cid.get(), sq_head));
         }
         self.slots.release(command.slot);
@@ -302,8 +305,11 @@ impl Queue {
     #[cold]
     #[inline(never)]
     fn tell_head(&mut self, head: u32) -> bool {
+        if is_planted(Bug::CompletionDoorbellForgotten) {
+            return false;
+        }
         // Release: entries were read before the device may overwrite them.
-        fence(Ordering::Release);
+        fence_unless(Bug::HeadFenceMissing, Ordering::Release);
         let write = self.shadow.as_mut().is_none_or(|shadow| shadow.completion.publish(head));
         if write {
             self.transport.doorbell(self.cq_doorbell, head);

@@ -46,8 +46,10 @@ use crate::fault::{Fault, Life, Pulse};
 use crate::identity::{ControllerInfo, Namespace};
 use crate::lane::Lane;
 use crate::ops::{Cutter, Kind, MAX_COUNT_16, Ops};
+use crate::planted::{Bug, is_planted};
 use crate::queue::{ProtocolError, Queue};
 use crate::stats::{Latencies, QueueCounters, add};
+use crate::sync::publish_then_look;
 use crate::transport::Listen;
 use crate::wake::Wake;
 use build::CommandBuilder;
@@ -153,7 +155,9 @@ impl QueuePair {
                 let blocks = self.blocks_of(lba.get(), buffer.len())?;
                 Ok((self.write_kind(*durability), lba.get(), blocks))
             }
-            Request::Flush if self.geometry.volatile_write_cache => Ok((Kind::Flush, 0, 1)),
+            Request::Flush if self.geometry.volatile_write_cache && !is_planted(Bug::FlushDropped) => {
+                Ok((Kind::Flush, 0, 1))
+            }
             Request::Flush => Ok((Kind::Nothing, 0, 0)),
             Request::WriteZeroes(range) => {
                 let (lba, count) = self.check_range(range)?;
@@ -213,7 +217,11 @@ impl QueuePair {
     #[inline]
     fn write_kind(&self, durability: Durability) -> Kind {
         match durability {
-            Durability::Durable if self.geometry.volatile_write_cache => Kind::WriteDurable,
+            Durability::Durable
+                if self.geometry.volatile_write_cache && !is_planted(Bug::DurableWriteCached) =>
+            {
+                Kind::WriteDurable
+            }
             Durability::Durable | Durability::Cached => Kind::Write,
         }
     }
@@ -284,7 +292,9 @@ impl QueuePair {
             self.first_lbas[usize::from(slot)] = op.rest.next_lba;
             op.rest.blocks_left -= blocks;
             op.rest.next_lba += blocks;
-            op.rest.next_offset += blocks * u64::from(self.geometry.lba_size);
+            if !is_planted(Bug::SplitWithoutOffset) {
+                op.rest.next_offset += blocks * u64::from(self.geometry.lba_size);
+            }
             op.outstanding += 1;
             let (taken, _) = self.queue.push(entry, index);
             debug_assert_eq!(taken, slot);
@@ -339,7 +349,7 @@ impl QueuePair {
     fn command_completed(&mut self, slot: u16, index: u16, status: Status) -> Option<u16> {
         let op = self.ops.get(index);
         op.outstanding -= 1;
-        if !status.is_success() {
+        if !status.is_success() && !is_planted(Bug::StatusIgnored) {
             self.command_failed(slot, index, status);
         }
         let op = self.ops.get(index);
@@ -515,13 +525,19 @@ impl BlockDevice for QueuePair {
         if self.requests_in_flight() > 0 {
             self.watch();
         }
-        if let Some((wake, vector)) = &self.wake {
+        if let Some((wake, _)) = &self.wake {
             wake.arm((self.requests_in_flight() > 0).then_some(self.watchdog.interval));
-            self.shared.link.transport.listen(*vector, Listen::On);
             (self.listening, self.attention) = (true, true);
         }
-        // Looked at after the interrupt was let through: what arrived before is found here, what comes later interrupts.
-        !self.done.is_empty() || self.queue.has_completion() || self.transition_due()
+        let listen = || {
+            if let Some((_, vector)) = &self.wake {
+                self.shared.link.transport.listen(*vector, Listen::On);
+            }
+        };
+        // What arrived before the interrupt was let through is found here, what comes later interrupts.
+        publish_then_look(listen, || {
+            !self.done.is_empty() || self.queue.has_completion() || self.transition_due()
+        })
     }
 }
 

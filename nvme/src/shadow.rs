@@ -8,14 +8,12 @@
 //! index, then a full barrier, then loads the value: so at least one side sees the other's store, and no wake-up is lost.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use nvme_spec::registers::{DOORBELL_BASE, Doorbell, doorbell_offset};
-use reactor::dma::DmaRegion;
-use vm_memory::Bytes;
+use reactor::dma::{DmaCells, DmaRegion};
 
 use crate::queue::QueueShape;
-use crate::sync::publish_then_look;
+use crate::sync::{Ordering, publish_then_look};
 use crate::transport::aligned::allocate;
 use crate::transport::{Transport, TransportError};
 
@@ -55,10 +53,10 @@ pub(crate) struct ShadowDoorbells {
     pub(crate) completion: ShadowDoorbell,
 }
 
-/// One doorbell in memory.
+/// One doorbell in memory. The buffers are as long as the queues that have a place in them need.
 pub(crate) struct ShadowDoorbell {
-    values: Arc<dyn DmaRegion>,
-    events: Arc<dyn DmaRegion>,
+    values: DmaCells,
+    events: DmaCells,
     offset: usize,
     last: u32,
 }
@@ -66,8 +64,8 @@ pub(crate) struct ShadowDoorbell {
 impl ShadowDoorbells {
     pub(crate) fn new(memory: &ShadowMemory, shape: QueueShape) -> Self {
         let doorbell = |which| ShadowDoorbell {
-            values: Arc::clone(&memory.values),
-            events: Arc::clone(&memory.events),
+            values: DmaCells::new(Arc::clone(&memory.values)),
+            events: DmaCells::new(Arc::clone(&memory.events)),
             offset: (doorbell_offset(shape.dstrd, shape.id, which) - DOORBELL_BASE) as usize,
             last: 0,
         };
@@ -90,28 +88,20 @@ impl ShadowDoorbells {
     }
 }
 
-fn store(region: &Arc<dyn DmaRegion>, offset: usize, value: u32) {
-    region
-        .slice()
-        // Release: queue entries before the value that makes a polling controller read them.
-        .store(value.to_le(), offset, Ordering::Release)
-        .expect("queues are limited to those with a place in the buffers");
+fn store(cells: &DmaCells, offset: usize, value: u32) {
+    // Release: queue entries before the value that makes a polling controller read them.
+    cells.store_32(offset, value, Ordering::Release);
 }
 
 impl ShadowDoorbell {
     /// Publishes a tail or head. Returns whether the register has to be written too.
     pub(crate) fn publish(&mut self, value: u32) -> bool {
-        let event: u32 = publish_then_look(
+        let event = publish_then_look(
             || store(&self.values, self.offset, value),
-            || {
-                let events = self.events.slice();
-                events
-                    .load(self.offset, Ordering::Relaxed)
-                    .expect("queues are limited to those with a place in the buffers")
-            },
+            || self.events.load_32(self.offset, Ordering::Relaxed),
         );
         let last = std::mem::replace(&mut self.last, value);
-        event_passed(u32::from_le(event), last, value)
+        event_passed(event, last, value)
     }
 }
 
@@ -147,9 +137,9 @@ mod tests {
         let shape = QueueShape::for_depth(QueueId::new(1), 7, 64, Cap::new());
         let mut first = ShadowDoorbells::new(&memory, shape);
         assert!(first.submission.publish(3));
-        store(&memory.events, first.submission.offset, 3);
+        store(&first.submission.events, first.submission.offset, 3);
         let mut second = ShadowDoorbells::new(&memory, shape);
-        let tail: u32 = memory.values.slice().load(second.submission.offset, Ordering::Relaxed).unwrap();
+        let tail = second.submission.values.load_32(second.submission.offset, Ordering::Relaxed);
         assert_eq!(tail, 0);
         assert!(second.submission.publish(1));
     }

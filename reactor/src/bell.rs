@@ -19,7 +19,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::sync::{AtomicBool, AtomicU8, Ordering, fence};
+use crate::planted::Bug;
+use crate::sync::{AtomicBool, AtomicU8, Ordering, fence_unless};
 
 const AWAKE: u8 = 0;
 const ASLEEP: u8 = 1;
@@ -50,7 +51,7 @@ impl Bell {
     /// Called after work was published. Returns whether this call had to wake the reactor.
     pub(crate) fn ring(&self) -> bool {
         // Pairs with the fence in `announce`.
-        fence(Ordering::SeqCst);
+        fence_unless(Bug::RingFenceMissing);
         // Relaxed: ordered by the fences; the exchange below decides.
         if self.state.load(Ordering::Relaxed) != ASLEEP
             || self.state.compare_exchange(ASLEEP, RUNG, Ordering::AcqRel, Ordering::Relaxed).is_err()
@@ -81,7 +82,7 @@ impl Bell {
     pub(crate) fn announce(&self) {
         self.state.store(ASLEEP, Ordering::Relaxed);
         // Pairs with the fence in `ring`.
-        fence(Ordering::SeqCst);
+        fence_unless(Bug::AnnounceFenceMissing);
     }
 
     /// The reactor is awake again. Returns whether somebody rang, so that the eventfd may be readable.
@@ -132,12 +133,12 @@ mod tests {
 #[cfg(all(test, loom))]
 mod loom_tests {
     use super::*;
+    use crate::planted::assert_caught;
     use loom::sync::Arc;
     use loom::thread;
 
     /// In every interleaving: the reactor sees the work in its second look, or somebody has rung.
-    #[test]
-    fn loom_work_published_before_the_ring_is_never_slept_through() {
+    fn sleep_and_ring() {
         loom::model(|| {
             let bell = Arc::new(Bell::silent());
             let work = Arc::new(AtomicBool::new(false));
@@ -154,6 +155,17 @@ mod loom_tests {
             let rung = waker.join().unwrap();
             assert!(seen || rung, "asleep, with work, and nobody rang");
         });
+    }
+
+    #[test]
+    fn loom_work_published_before_the_ring_is_never_slept_through() {
+        sleep_and_ring();
+    }
+
+    #[test]
+    fn loom_a_missing_fence_on_either_side_of_the_bell_is_caught() {
+        assert_caught(Bug::RingFenceMissing, sleep_and_ring);
+        assert_caught(Bug::AnnounceFenceMissing, sleep_and_ring);
     }
 
     /// Two wakers, one sleep: at most one of them pays for the system call.

@@ -18,7 +18,10 @@
 //! Excludes: mapping at IOVAs (transports), what travels in the buffers.
 
 mod buddy;
+#[cfg(not(loom))]
 mod cells;
+#[cfg(loom)]
+mod modelled;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -35,7 +38,10 @@ use vm_memory::volatile_memory::VolatileMemory;
 use vm_memory::{MmapRegion, VolatileSlice};
 
 use buddy::{Buddy, MAX_ORDER};
-pub use cells::DmaCells;
+#[cfg(not(loom))]
+pub use cells::{DeviceWord, DmaCells};
+#[cfg(loom)]
+pub use modelled::{DeviceWord, DmaCells, ModelledRegion};
 
 /// Bytes of the allocation unit.
 pub const PAGE_SIZE: usize = 4096;
@@ -56,6 +62,12 @@ pub trait DmaRegion: Send + Sync {
 
     /// The mapping that the region is a part of, and the offset of its first byte there.
     fn mapping(&self) -> (Arc<MmapRegion>, usize);
+
+    /// The words themselves, of a region in a model.
+    #[cfg(loom)]
+    fn words(&self) -> Arc<[DeviceWord]> {
+        panic!("only a ModelledRegion can be model-checked")
+    }
 }
 
 /// Anonymous memory for simulated devices and tests. Its IOVAs are made up, never repeat within the process, and no

@@ -23,6 +23,7 @@ mod handle;
 pub mod mailbox;
 pub mod oneshot;
 mod park;
+mod planted;
 pub mod random;
 mod runtime;
 pub mod sim;

@@ -28,7 +28,8 @@ use std::sync::Arc;
 use std::task::{Wake, Waker};
 
 use crate::handle::{ReactorId, Shared, SpawnError};
-use crate::sync::{AtomicU8, Ordering};
+use crate::planted::Bug;
+use crate::sync::{AtomicU8, Ordering, order_unless};
 
 /// In a ready queue.
 const QUEUED: u8 = 1;
@@ -59,7 +60,7 @@ impl TaskHeader {
 
     /// From here on wakes queue the task again.
     pub(crate) fn begin_poll(&self) {
-        self.state.fetch_and(!QUEUED, Ordering::AcqRel);
+        self.state.fetch_and(!QUEUED, order_unless(Bug::PollRelaxed, Ordering::AcqRel));
     }
 
     /// The task is over. Returns whether a queue still names its slot.
@@ -74,8 +75,8 @@ impl Wake for TaskHeader {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        if self.state.fetch_or(QUEUED, Ordering::AcqRel) & (QUEUED | ENDED) == 0
-            && !push_local(&self.shared, self.slot)
+        let order = order_unless(Bug::WakeRelaxed, Ordering::AcqRel);
+        if self.state.fetch_or(QUEUED, order) & (QUEUED | ENDED) == 0 && !push_local(&self.shared, self.slot)
         {
             self.shared.push_ready(self.slot);
         }
@@ -232,5 +233,67 @@ impl TaskTable {
     /// Tasks that have not ended.
     pub(crate) fn live(&self) -> usize {
         self.slots.iter().filter(|slot| matches!(slot, Slot::Live { .. })).count()
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use crate::bell::Bell;
+    use crate::planted::assert_caught;
+    use loom::sync::Arc as ModelArc;
+    use loom::sync::atomic::AtomicBool;
+    use loom::thread;
+
+    /// A task is in the queue already when somebody else writes something and wakes it. In every interleaving: the poll sees
+    /// what was written, or the task is in the queue again.
+    fn wake_while_queued() {
+        loom::model(|| {
+            let shared = Shared::new(ReactorId::new(0), 1, Bell::silent());
+            let header = TaskHeader::new(&shared, 0);
+            let written = ModelArc::new(AtomicBool::new(false));
+            header.wake_by_ref();
+            let waker = {
+                let (header, written) = (Arc::clone(&header), ModelArc::clone(&written));
+                thread::spawn(move || {
+                    written.store(true, Ordering::Relaxed);
+                    header.wake();
+                })
+            };
+            assert_eq!(shared.ready.pop(), Some(0));
+            header.begin_poll();
+            let seen = written.load(Ordering::Relaxed);
+            waker.join().unwrap();
+            let again = shared.ready.pop().is_some();
+            assert!(seen || again, "woken, polled without the news, and not queued again");
+            assert!(shared.ready.pop().is_none(), "queued twice");
+        });
+    }
+
+    #[test]
+    fn loom_news_before_a_wake_are_seen_by_a_poll_after_it() {
+        wake_while_queued();
+    }
+
+    #[test]
+    fn loom_a_wake_or_poll_that_orders_nothing_is_caught() {
+        assert_caught(Bug::WakeRelaxed, wake_while_queued);
+        assert_caught(Bug::PollRelaxed, wake_while_queued);
+    }
+
+    /// Wakers of a task that ends meanwhile: the slot is free for another task only if no entry names it.
+    #[test]
+    fn loom_an_ended_task_knows_whether_a_queue_names_it() {
+        loom::model(|| {
+            let shared = Shared::new(ReactorId::new(0), 1, Bell::silent());
+            let header = TaskHeader::new(&shared, 0);
+            let waker = {
+                let header = Arc::clone(&header);
+                thread::spawn(move || header.wake())
+            };
+            let named = header.end();
+            waker.join().unwrap();
+            assert_eq!(shared.ready.pop().is_some(), named);
+        });
     }
 }

@@ -21,6 +21,7 @@ use super::nvm::Half;
 use crate::copy::{CopyLimits, Sources};
 use crate::identity::{ControllerInfo, Namespace};
 use crate::ops::{Kind, Op};
+use crate::planted::{Bug, is_planted};
 use crate::prp::{self, DataPages, ListMemory};
 use crate::sgl::{self, Piece, Pointing, SegmentMemory, SglAlignment};
 use crate::transport::{Transport, TransportError, aligned};
@@ -113,7 +114,8 @@ impl CommandBuilder {
         let iova = buffer.iova();
         entry.prp1.set(iova);
         if buffer.len() > PAGE_SIZE {
-            entry.prp2.set(iova + PAGE_SIZE as u64);
+            let second = if is_planted(Bug::SecondPageIsFirst) { iova } else { iova + PAGE_SIZE as u64 };
+            entry.prp2.set(second);
         }
         entry
     }
@@ -280,7 +282,7 @@ impl CommandBuilder {
 
     fn deallocate(&self, lba: u64, blocks: u64, slot: u16) -> SubmissionEntry {
         let mut range = DsmRange::default();
-        range.slba.set(lba);
+        range.slba.set(if is_planted(Bug::DeallocateOffByOne) { lba + 1 } else { lba });
         range.blocks.set(blocks as u32);
         self.with_ranges(SubmissionEntry::deallocate(self.nsid, 0), range.as_bytes(), slot)
     }

@@ -135,7 +135,8 @@ fn transfer_limit(
     if !(lba_size..=MAX_TRANSFER).contains(&options.max_transfer) {
         return Err(QueueError::Option("the largest transfer must lie between one block and 64 MiB"));
     }
-    let device = controller.info().max_transfer.unwrap_or(u64::MAX);
+    let asked = controller.info().max_transfer.filter(|_| !is_planted(Bug::TransferLimitIgnored));
+    let device = asked.unwrap_or(u64::MAX);
     let by_count = MAX_COUNT_16 << namespace.lba_shift;
     let limit = (options.max_transfer as u64).min(device).min(by_count) as usize;
     // Checked with the namespace: the device's limit is at least a block.

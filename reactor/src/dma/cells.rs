@@ -10,7 +10,7 @@
 //!
 //! *Memory ordering*: the caller's, by argument. [`DmaCells::store_entry`] is relaxed: publish it by a fence or a doorbell.
 //!
-//! Excludes: mapping memory for a device.
+//! Excludes: mapping memory for a device. `modelled.rs` stands in for this file when protocols are model-checked.
 
 #![allow(unsafe_code, reason = "DMA memory: single words are accessed in place")]
 
@@ -26,6 +26,9 @@ use super::DmaRegion;
 /// Sizes of entries divide this, so that the place of an entry is checked by one comparison. What is left at the end of a region
 /// beyond a multiple of it is in no table.
 const TABLE_UNIT: usize = 64;
+
+/// A word of 32 bits that a device shares.
+pub type DeviceWord = AtomicU32;
 
 /// Direct access to the words of a region.
 pub struct DmaCells {
@@ -127,7 +130,7 @@ impl DmaCells {
     /// # Panics
     /// If the table has fewer entries.
     #[inline(always)]
-    pub fn entry_32<const N: usize>(&self, index: u32) -> &[AtomicU32; N] {
+    pub fn entry_32<const N: usize>(&self, index: u32) -> &[DeviceWord; N] {
         let entry = self.entry(index, N * 4);
         // SAFETY: the base is aligned to 8 bytes, hence the entry to 4; the rest as in `words_32`.
         unsafe { entry.cast::<[AtomicU32; N]>().as_ref() }

@@ -11,7 +11,8 @@
 use std::collections::VecDeque;
 use std::task::Waker;
 
-use crate::sync::{AtomicUsize, Mutex, MutexGuard, Ordering, fence};
+use crate::planted::Bug;
+use crate::sync::{AtomicUsize, Mutex, MutexGuard, Ordering, fence_unless};
 
 /// A waiter's place; empty before the first registration.
 #[derive(Debug, Default)]
@@ -72,7 +73,7 @@ impl Gate {
         self.waiting.store(line.waiters.len(), Ordering::Relaxed);
         drop(line);
         // Pairs with the fence in `call_one` and `call_all`.
-        fence(Ordering::SeqCst);
+        fence_unless(Bug::RegisterFenceMissing);
         index == 0
     }
 
@@ -87,14 +88,14 @@ impl Gate {
         }
         drop(line);
         // The caller now looks at the condition on behalf of the others: as in `register`.
-        fence(Ordering::SeqCst);
+        fence_unless(Bug::RegisterFenceMissing);
         true
     }
 
     /// Calls the first in line. To be called after the condition changed.
     pub(crate) fn call_one(&self) {
         // Pairs with the fence in `register`.
-        fence(Ordering::SeqCst);
+        fence_unless(Bug::CallFenceMissing);
         if self.waiting.load(Ordering::Relaxed) == 0 {
             return;
         }
@@ -112,7 +113,7 @@ impl Gate {
     /// Calls everybody. To be called after the condition changed for good.
     pub(crate) fn call_all(&self) {
         // Pairs with the fence in `register`.
-        fence(Ordering::SeqCst);
+        fence_unless(Bug::CallFenceMissing);
         let all = {
             let mut line = self.lock();
             self.waiting.store(0, Ordering::Relaxed);
@@ -133,12 +134,12 @@ impl Gate {
 mod loom_tests {
     use super::*;
     use crate::park::CountingWaker;
+    use crate::planted::assert_caught;
     use loom::sync::Arc;
     use loom::thread;
 
     /// In every interleaving: who waits sees the change in its second look, or is called.
-    #[test]
-    fn loom_change_is_seen_or_called_out() {
+    fn change_and_wait() {
         loom::model(|| {
             let gate = Arc::new(Gate::new());
             let items = Arc::new(AtomicUsize::new(0));
@@ -155,6 +156,17 @@ mod loom_tests {
             sender.join().unwrap();
             assert!(seen || wakes.count() == 1);
         });
+    }
+
+    #[test]
+    fn loom_change_is_seen_or_called_out() {
+        change_and_wait();
+    }
+
+    #[test]
+    fn loom_a_missing_fence_on_either_side_of_the_gate_is_caught() {
+        assert_caught(Bug::CallFenceMissing, change_and_wait);
+        assert_caught(Bug::RegisterFenceMissing, change_and_wait);
     }
 
     /// In every interleaving: a call to somebody who is just leaving reaches the next in line.

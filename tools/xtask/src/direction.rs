@@ -18,17 +18,21 @@ enum May {
 }
 
 const ALLOWED: &[(&str, May)] = &[
-    ("reactor", May::Only(&[])),
+    ("planted", May::Only(&[])),
+    ("reactor", May::Only(&["planted"])),
     ("nvme-spec", May::Only(&[])),
     ("vfio-user-protocol", May::Only(&[])),
     ("nvme-sigbus", May::Only(&[])),
     ("nvme-emulator", May::Only(&["reactor", "nvme-spec", "nvme-sigbus", "vfio-user-protocol"])),
-    ("nvme", May::Only(&["reactor", "nvme-spec", "nvme-sigbus", "vfio-user-protocol", "nvme-emulator"])),
-    ("fs-core", May::Only(&["reactor"])),
+    (
+        "nvme",
+        May::Only(&["reactor", "nvme-spec", "nvme-sigbus", "vfio-user-protocol", "nvme-emulator", "planted"]),
+    ),
+    ("fs-core", May::Only(&["reactor", "planted"])),
     ("pollux-fuzz", May::Only(&["reactor", "nvme", "nvme-spec", "vfio-user-protocol", "fs-core"])),
     ("pollux-tools", May::All),
     ("hw-tests", May::All),
-    ("xtask", May::Only(&[])),
+    ("xtask", May::Only(&["planted"])),
 ];
 
 #[derive(Deserialize)]

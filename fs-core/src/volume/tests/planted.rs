@@ -7,7 +7,8 @@ use super::crash::{crash_random, crash_short, pairs, singles};
 use super::faults::flipped_bits;
 use super::simulate::simulate;
 use super::world::Trouble;
-use crate::planted::{Bug, Planted};
+use crate::planted::{Bug, SPOT};
+use ::planted::{Net, Planted};
 
 /// Seeds that each campaign may need to catch a bug.
 const SEEDS: u64 = 4;
@@ -48,8 +49,8 @@ fn caught_by() -> Option<(&'static str, String)> {
 #[test]
 fn every_planted_bug_is_caught() {
     let mut missed = Vec::new();
-    for bug in Bug::ALL {
-        let planted = Planted::new(bug);
+    for &bug in Bug::ALL.iter().filter(|bug| bug.net() == Net::Filesystem) {
+        let planted = Planted::new(&SPOT, bug);
         let caught = caught_by();
         drop(planted);
         match caught {

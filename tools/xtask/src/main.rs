@@ -13,7 +13,9 @@ mod check;
 mod conventions;
 mod direction;
 mod fuzz;
+mod models;
 mod packages;
+mod planted;
 mod steps;
 mod test;
 
@@ -43,6 +45,10 @@ enum Task {
     Bench(bench::BenchOptions),
     /// Run a fuzz target for a time, or one saved input
     Fuzz(fuzz::FuzzOptions),
+    /// Protocols between threads in every interleaving, and `unsafe` under Miri
+    Models,
+    /// Plant bugs one at a time, and see that each is caught
+    Planted(planted::PlantedOptions),
     /// check, then test: what CI runs
     Ci(test::TestOptions),
 }
@@ -65,6 +71,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<Steps> {
         Task::Test(options) => test::run(&mut steps, options),
         Task::Bench(options) => bench::run(&mut steps, options),
         Task::Fuzz(options) => fuzz::run(&mut steps, options),
+        Task::Models => models::run(&mut steps),
+        Task::Planted(options) => planted::run(&mut steps, options),
         Task::Ci(options) => {
             check::run(&mut steps);
             test::run(&mut steps, options);

@@ -1,0 +1,318 @@
+//! `cargo xtask planted`: does the net catch fish? Bugs are planted one at a time, and the tests that should notice have to.
+//!
+//! Owns: the [`Trial`]s that make up each [`Net`], the one build with the feature `planted` that all of them run from, and the
+//! verdict. A bug is caught by the first trial that fails with it, or that takes far longer than it does without.
+//!
+//! Invariants:
+//! - each trial in use passes without a bug first, from the same build: a net that catches everything catches nothing;
+//! - no trial was written for a planted bug, and those that plant bugs themselves are left out;
+//! - a bug whose net cannot be built or run here counts as missed.
+//!
+//! Excludes: the bugs (crate `planted`) and the code with them.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use ::planted::{Bug, Net, VARIABLE};
+use anyhow::{Context, bail};
+use clap::Args;
+use serde::Deserialize;
+
+use crate::models;
+use crate::steps::{Steps, cargo};
+
+/// What is planted.
+#[derive(Args)]
+pub(crate) struct PlantedOptions {
+    /// Print the bugs and stop
+    #[arg(long)]
+    list: bool,
+    /// Only the bug of this name
+    #[arg(long)]
+    only: Option<String>,
+}
+
+/// A test program and what it is told.
+struct Trial {
+    /// For messages.
+    name: &'static str,
+    build: Build,
+    /// Package and target.
+    program: (&'static str, &'static str),
+    arguments: &'static [&'static str],
+    environment: &'static [(&'static str, &'static str)],
+}
+
+/// Which build a program comes from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Build {
+    Ordinary,
+    /// With `--cfg loom`.
+    Models,
+}
+
+/// Time that a trial is given with a bug: this much, and as many times what it takes without.
+const PATIENCE: (Duration, u32) = (Duration::from_secs(30), 10);
+/// Pause between two looks at a running trial.
+const LOOK: Duration = Duration::from_millis(20);
+
+const FAULTS: Trial = Trial {
+    name: "fault table",
+    build: Build::Ordinary,
+    program: ("nvme", "faults"),
+    arguments: &[],
+    environment: &[],
+};
+
+const fn driver(name: &'static str, target: &'static str) -> Trial {
+    Trial { name, program: ("nvme", target), ..FAULTS }
+}
+
+const fn campaign(name: &'static str, arguments: &'static [&'static str]) -> Trial {
+    // As many seeds and pairs as the rarest of these bugs needs.
+    let environment = &[("POLLUX_SEEDS", "4"), ("POLLUX_PAIRS", "24")];
+    Trial { name, program: ("fs-core", "fs_core"), arguments, environment, ..FAULTS }
+}
+
+const fn of_models(package: &'static str) -> Trial {
+    let arguments = &["loom_", "--skip", "caught"];
+    Trial { name: "models", build: Build::Models, program: (package, package), arguments, ..FAULTS }
+}
+
+/// The trials of a net, those that take least first.
+fn trials(net: Net) -> Vec<Trial> {
+    match net {
+        Net::Driver => vec![
+            driver("embedded controller", "embedded"),
+            driver("every command", "commands"),
+            driver("vfio-user", "vfio_user"),
+            FAULTS,
+        ],
+        Net::Filesystem => vec![
+            campaign("crashes", &["volume::tests::crash"]),
+            campaign("simulation", &["volume::tests::simulate"]),
+            campaign("faults", &["volume::tests::faults"]),
+        ],
+        Net::NvmeModels => vec![of_models("nvme")],
+        Net::ReactorModels => vec![of_models("reactor")],
+    }
+}
+
+/// Plants what was asked for.
+pub(crate) fn run(steps: &mut Steps, options: &PlantedOptions) {
+    if options.list {
+        for bug in Bug::ALL {
+            println!("{:<32}{}", bug.name(), bug.about().trim());
+        }
+        return;
+    }
+    let bugs: Vec<Bug> = match &options.only {
+        None => Bug::ALL.to_vec(),
+        Some(name) => match Bug::named(name) {
+            Some(bug) => vec![bug],
+            None => {
+                steps.fail("planted bugs", &format!("there is no bug `{name}`; --list shows them"));
+                return;
+            }
+        },
+    };
+    steps.check("planted bugs", |root| {
+        let mut missed = Vec::new();
+        let verdict = plant(root, &bugs, &mut missed);
+        println!("planted {}, caught {}", bugs.len(), bugs.len() - missed.len().min(bugs.len()));
+        verdict.map(|()| missed)
+    });
+}
+
+/// Everything, one bug after the other; what was not caught goes to `missed`.
+fn plant(root: &Path, bugs: &[Bug], missed: &mut Vec<String>) -> anyhow::Result<()> {
+    missed.extend(bugs.iter().map(|bug| format!("{} was not planted", bug.name())));
+    let logs = root.join("target/planted");
+    fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
+    let nets: Vec<Net> = [Net::Driver, Net::Filesystem, Net::NvmeModels, Net::ReactorModels]
+        .into_iter()
+        .filter(|net| bugs.iter().any(|bug| bug.net() == *net))
+        .collect();
+    let needed = |build| nets.iter().any(|net| trials(*net).iter().any(|trial| trial.build == build));
+    let mut programs = Programs::default();
+    for build in [Build::Ordinary, Build::Models] {
+        if needed(build) {
+            programs.build(root, build)?;
+        }
+    }
+    let mut ready = Vec::new();
+    for net in nets {
+        for trial in trials(net) {
+            let log = logs.join(format!("unplanted-{}.log", trial.name.replace(' ', "-")));
+            let program = programs.find(&trial)?;
+            let Ended { passed, took, .. } = run_trial(root, &trial, program, None, None, &log)?;
+            if !passed {
+                bail!("{} fails without a bug: see {}", trial.name, log.display());
+            }
+            println!("{:<32}passes without a bug, {:.1} s", trial.name, took.as_secs_f32());
+            ready.push((net, trial, program.to_path_buf(), took));
+        }
+    }
+    missed.clear();
+    for &bug in bugs {
+        let mut caught = None;
+        for (_, trial, program, usual) in ready.iter().filter(|(net, ..)| *net == bug.net()) {
+            let log = logs.join(format!("{}-{}.log", bug.name(), trial.name.replace(' ', "-")));
+            let limit = PATIENCE.0 + *usual * PATIENCE.1;
+            let ended = run_trial(root, trial, program, Some(bug), Some(limit), &log)?;
+            if !ended.passed {
+                caught = Some((trial.name, ended));
+                break;
+            }
+        }
+        match caught {
+            Some((by, ended)) => {
+                let how = if ended.hung { "does not end" } else { "fails" };
+                println!("{:<32}caught: {by} {how}, {:.1} s", bug.name(), ended.took.as_secs_f32());
+            }
+            None => {
+                println!("{:<32}NOT CAUGHT", bug.name());
+                missed.push(format!("{} is not caught: {}", bug.name(), bug.about().trim()));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The programs that were built, by build, package and target.
+#[derive(Default)]
+struct Programs(BTreeMap<(bool, String, String), PathBuf>);
+
+/// What cargo says of one thing that it built.
+#[derive(Deserialize)]
+struct Artifact {
+    package_id: String,
+    target: Target,
+    profile: Option<Profile>,
+    executable: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
+}
+
+#[derive(Deserialize)]
+struct Profile {
+    test: bool,
+}
+
+impl Programs {
+    fn build(&mut self, root: &Path, build: Build) -> anyhow::Result<()> {
+        let mut command = cargo(root);
+        command.args(["test", "--no-run", "--quiet", "--locked", "--message-format", "json"]);
+        match build {
+            Build::Ordinary => {
+                command.args(["--package", "nvme", "--package", "fs-core", "--lib", "--tests"]);
+                command.args(["--features", "nvme/planted,fs-core/planted"]);
+            }
+            Build::Models => models::choose(&mut command, root),
+        }
+        let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
+        anyhow::ensure!(output.status.success(), "the build with the feature `planted` fails");
+        for line in String::from_utf8_lossy(&output.stdout).lines() {
+            let Ok(artifact) = serde_json::from_str::<Artifact>(line) else { continue };
+            let is_test = artifact.profile.is_some_and(|profile| profile.test);
+            if let Some(path) = artifact.executable.filter(|_| is_test) {
+                let package = package_name(&artifact.package_id).to_owned();
+                self.0.insert((build == Build::Models, package, artifact.target.name), path);
+            }
+        }
+        Ok(())
+    }
+
+    fn find(&self, trial: &Trial) -> anyhow::Result<&Path> {
+        let (package, target) = trial.program;
+        let key = (trial.build == Build::Models, package.to_owned(), target.to_owned());
+        let path = self.0.get(&key);
+        path.map(PathBuf::as_path).with_context(|| format!("{package} has no test program {target}"))
+    }
+}
+
+/// The name in a package id such as `path+file:///home/p/nvme#0.1.0` or `path+file:///home/p/tools#pollux-tools@0.1.0`.
+fn package_name(id: &str) -> &str {
+    let (path, fragment) = id.rsplit_once('#').unwrap_or((id, ""));
+    match fragment.split_once('@') {
+        Some((name, _)) => name,
+        None => path.rsplit('/').next().unwrap_or(path),
+    }
+}
+
+/// How a trial ended.
+struct Ended {
+    passed: bool,
+    /// It was ended, because it took too long.
+    hung: bool,
+    took: Duration,
+}
+
+fn run_trial(
+    root: &Path,
+    trial: &Trial,
+    program: &Path,
+    bug: Option<Bug>,
+    limit: Option<Duration>,
+    log: &Path,
+) -> anyhow::Result<Ended> {
+    let output = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+    let mut command = Command::new(program);
+    // As cargo does: the package's folder.
+    command.current_dir(root.join(trial.program.0));
+    command.args(trial.arguments).envs(trial.environment.iter().copied()).env_remove(VARIABLE);
+    if let Some(bug) = bug {
+        command.env(VARIABLE, bug.name());
+    }
+    command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+    let started = Instant::now();
+    let mut child = command.spawn().with_context(|| format!("cannot run {}", program.display()))?;
+    loop {
+        if let Some(status) = child.try_wait().context("cannot wait for a trial")? {
+            return Ok(Ended { passed: status.success(), hung: false, took: started.elapsed() });
+        }
+        if limit.is_some_and(|limit| started.elapsed() > limit) {
+            child.kill().context("cannot end a trial")?;
+            child.wait().context("cannot wait for a trial")?;
+            return Ok(Ended { passed: false, hung: true, took: started.elapsed() });
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packages_are_known_by_both_forms_of_their_id() {
+        assert_eq!(package_name("path+file:///home/p/nvme#0.1.0"), "nvme");
+        assert_eq!(package_name("path+file:///home/p/tools#pollux-tools@0.1.0"), "pollux-tools");
+    }
+
+    #[test]
+    fn every_bug_has_trials_and_none_of_them_plants_bugs_itself() {
+        for bug in Bug::ALL {
+            let trials = trials(bug.net());
+            assert!(!trials.is_empty(), "{}", bug.name());
+            assert!(trials.iter().all(|trial| !trial.arguments.iter().any(|it| it.contains("planted"))));
+        }
+    }
+
+    #[test]
+    fn a_trial_that_does_not_end_is_ended_and_counts_as_failed() {
+        let trial = Trial { program: ("tools", "sleep"), arguments: &["60"], ..FAULTS };
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let log = std::env::temp_dir().join(format!("pollux-trial-{}", std::process::id()));
+        let limit = Some(Duration::from_millis(50));
+        let ended = run_trial(&root, &trial, Path::new("sleep"), None, limit, &log).unwrap();
+        fs::remove_file(&log).unwrap();
+        assert!(ended.hung && !ended.passed);
+    }
+}

@@ -15,10 +15,14 @@ const NOTHING: &str = "-";
 /// List the NVMe controllers of this host: address, model, driver, IOMMU group, NUMA node, whether in use
 #[derive(Args)]
 #[command(after_help = "\
+IN USE names mounts, swap, programs that have a node open, and whatever is built on the namespaces, up to the top of the stack. Run as
+root it sees the programs of all users. GROUP is the IOMMU group: what shares one is handed out together. `pollux bind` refuses what is in use.
+
 JSON: {controllers: [{address, vendor_id, device_id, model, serial, firmware, driver, iommu_group, numa_node, kernel_name,
 block_devices: [{name, bytes}], in_use, used_by: [text]}]}; null where the system does not say.
 
 Example:
+  pollux list
   pollux list --json")]
 pub(super) struct List {
     /// Print one JSON document

@@ -10,7 +10,13 @@ use crate::quantity::show_size;
 
 /// Make an empty volume on a device
 #[derive(Args)]
-#[command(after_help = "Example:\n  pollux mkfs --device emu:/var/lib/p.img,size=8GiB --label data")]
+#[command(after_help = "\
+Refuses a device that holds a file system, a partition table, a member of a RAID array or of LVM, swap space or a Pollux volume,
+without --force. Everything on it is deallocated. A scratch marker (`pollux mkscratch`) stays.
+
+Example:
+  pollux mkfs --device emu:/var/lib/p.img,size=8GiB --label data
+  pollux mkfs --device pci:0000:01:00.0 --shards 8")]
 pub(super) struct Mkfs {
     /// The device
     #[arg(long, value_name = "SPEC", value_parser = device::parse)]

@@ -12,7 +12,7 @@ use reactor::{Lba, LbaCount, LbaRange};
 use super::*;
 use crate::alloc::{self, Allocator, Priority, Reservation, SpaceCounter};
 use crate::disk::tests::with_disk;
-use crate::format::extent::{PHYSICAL, backref_key, extent_key, run_key};
+use crate::format::extent::{PHYSICAL, backref_key, extent_key, run_key, set_aside_of};
 use crate::format::group::VolumeLayout;
 use crate::format::items::{
     EntryTarget, InodeRecord, Intent, Xattr, hash_key, inode_key, intent_key, sequence_key, symlink_key,
@@ -572,6 +572,32 @@ fn interrupted_truncation_may_leave_extents_behind_the_end() {
         change_record(items, sample.f, |record| record.size = 10);
         let intent = Intent::Truncate(10);
         items[0].insert(intent_key(sample.f, intent), intent.encode());
+    });
+}
+
+/// Moves a file's second extent to where a clone sets it aside.
+fn set_second_aside(sample: &Sample, items: &mut Vec<Items>) {
+    let aside = set_aside_of(sample.f);
+    let extent = items[0].remove(&extent_key(sample.f, 65_536)).unwrap();
+    let backref = items[0].remove(&backref_key(sample.f_second.start, sample.f, 65_536)).unwrap();
+    items[0].insert(extent_key(aside, 65_536), extent);
+    items[0].insert(backref_key(sample.f_second.start, aside, 65_536), backref);
+    let blocks = sample.f_second.blocks.get();
+    change_record(items, sample.f, |record| record.blocks -= blocks);
+}
+
+#[test]
+fn interrupted_clone_may_set_extents_aside() {
+    for intent in [Intent::Clone { start: 65_536, end: 1 << 20 }, Intent::DropReplaced] {
+        plant(&[], |sample, items| {
+            set_second_aside(sample, items);
+            items[0].insert(intent_key(sample.f, intent), intent.encode());
+        });
+    }
+    plant(&["SetAside"], set_second_aside);
+    plant(&["StrayItem", "SetAside"], |sample, items| {
+        let record = items[0][&inode_key(sample.f)].clone();
+        items[0].insert(inode_key(set_aside_of(sample.f)), record);
     });
 }
 

@@ -8,7 +8,8 @@
 
 use reactor::WallTime;
 
-use crate::types::{FileOffset, InodeNr};
+use crate::format::node::Key;
+use crate::types::{BlockNr, FileOffset, InodeNr, ShardId};
 
 /// A name of a directory entry or attribute: 1 to 255 bytes, any but `/` and NUL; not checked by the type.
 pub type Name = Box<[u8]>;
@@ -212,6 +213,31 @@ pub struct Cloned {
     pub extents: u64,
 }
 
+/// Where a scrub of a shard goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScrubPlace {
+    /// Tree nodes, from this key on.
+    Nodes(Key),
+    /// Data, from this block on.
+    Data(BlockNr),
+}
+
+impl ScrubPlace {
+    /// Where a scrub begins.
+    pub const START: Self = Self::Nodes(Key::MIN);
+}
+
+/// What a step of a scrub has found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ScrubStep {
+    /// Where to go on; `None` at the end of the shard.
+    pub next: Option<ScrubPlace>,
+    /// Blocks verified.
+    pub blocks: u64,
+    /// What is wrong, each with its place and the files it belongs to.
+    pub damage: Vec<String>,
+}
+
 /// How a file lies on the device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExtentSummary {
@@ -409,6 +435,13 @@ pub enum Request {
     /// shard of the target. → [`Reply::Cloned`], of fewer bytes than asked for at the source's end and wherever the way
     /// of doing it changes; 0 only at the source's end.
     CopyRange(CloneRange),
+    /// Verifies a bounded part of what a shard has on the device. → [`Reply::Scrubbed`]
+    Scrub {
+        /// The shard, which serves the request.
+        shard: ShardId,
+        /// Where to begin.
+        from: ScrubPlace,
+    },
     /// How what was written back of a file lies on the device. → [`Reply::Extents`]
     CountExtents {
         /// File.
@@ -472,6 +505,8 @@ pub enum Reply {
     Space(SpaceReport),
     /// An offset in bytes.
     Offset(u64),
+    /// A step of a scrub.
+    Scrubbed(ScrubStep),
     /// Figures of a file's extents.
     Extents(ExtentSummary),
     /// What was cloned or copied.

@@ -9,6 +9,7 @@
 //! | [`epoch`] | when transactions are applied, the freeze |
 //! | [`checkpoint`] | writing a frozen epoch |
 //! | [`message`] | requests, calls between shards |
+//! | [`scrub`] | verifying what lies on the device |
 //! | `crate::data` | file contents |
 //! | `crate::namespace` | names, inodes, transactions across shards |
 //!
@@ -45,6 +46,7 @@ use self::signal::Signal;
 pub(crate) mod checkpoint;
 pub(crate) mod epoch;
 pub(crate) mod message;
+mod scrub;
 pub(crate) mod signal;
 pub(crate) mod transact;
 

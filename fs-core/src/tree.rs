@@ -192,6 +192,11 @@ impl Tree {
         }
     }
 
+    /// What the tree's nodes say that they belong to.
+    pub fn identity(&self) -> TreeIdentity {
+        self.identity
+    }
+
     /// Levels of the tree; 1 if the root is a leaf.
     pub fn height(&self) -> u8 {
         self.root_level.saturating_add(1)

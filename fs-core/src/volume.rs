@@ -343,11 +343,17 @@ impl Volume {
         self.shared.uuid
     }
 
+    /// Shards of the volume.
+    pub fn shards(&self) -> u8 {
+        u8::try_from(self.shared.shard_count()).unwrap_or(u8::MAX)
+    }
+
     /// The shard that serves a request.
     fn route(&self, request: &Request) -> Result<ShardId, FsError> {
         let shard = match request {
             Request::StatFs | Request::Sync { scope: SyncScope::Volume, .. } => ShardId::FIRST,
             Request::Link { new_parent, .. } => new_parent.shard(),
+            Request::Scrub { shard, .. } => *shard,
             Request::Clone(range) | Request::CopyRange(range) => range.target.shard(),
             Request::Lookup { parent: inode, .. }
             | Request::Create { parent: inode, .. }

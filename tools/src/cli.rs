@@ -8,6 +8,7 @@
 //! | 0 | success |
 //! | 1 | the operation failed; standard error says what, where and what to do |
 //! | 2 | the command line makes no sense |
+//! | 3 | `scrub` only: damage found |
 //! | 4, 8 | `fsck` only, as fsck(8): errors found; could not run |
 //!
 //! Rules: with `--json` standard output is one JSON document and nothing else; progress goes to standard error;
@@ -29,6 +30,7 @@ mod list;
 mod mkfs;
 mod mkscratch;
 mod perf;
+mod scrub;
 mod serve;
 mod smart;
 mod status;
@@ -40,6 +42,7 @@ Exit codes:
   0  success
   1  the operation failed; standard error says what, on which device or path, and what to do
   2  the command line makes no sense
+  scrub: 3 damage found
   fsck: 0 clean, 4 errors found, 8 could not run
 
 Device specs:
@@ -75,6 +78,7 @@ enum Task {
     Serve(serve::Serve),
     Status(status::Status),
     Clone(clone::Clone),
+    Scrub(scrub::Scrub),
     Sync(sync::Sync),
 }
 
@@ -96,6 +100,7 @@ impl Pollux {
             Task::Serve(serve) => serve.run(),
             Task::Status(status) => status.run(),
             Task::Clone(clone) => clone.run(),
+            Task::Scrub(scrub) => scrub.run(),
             Task::Sync(sync) => sync.run(),
         };
         outcome.map_or_else(|failure| failure.report("pollux"), |()| ExitCode::SUCCESS)

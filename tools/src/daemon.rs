@@ -19,7 +19,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use fs_core::request::{Request, SyncScope};
+use fs_core::request::{Reply, Request, ScrubPlace, SyncScope};
+use fs_core::types::ShardId;
 use fs_core::{FsError, Volume};
 use nix::errno::Errno;
 use nvme::{Controller, LatencyRecording, QueueOptions};
@@ -28,8 +29,8 @@ use serde_json::{Value, json};
 
 use crate::config::Config;
 use crate::control::location;
-use crate::control::protocol::Command;
-use crate::control::server::{ControlServer, Handler};
+use crate::control::protocol::{Command, Progress};
+use crate::control::server::{ControlServer, Handler, Tell};
 use crate::device::{self, Device, DeviceSpec};
 use crate::failure::{During, Failure};
 use crate::fuse::{FrontEnd, MountPoint, Mounted, Urgency, collect_mapped_pages};
@@ -234,6 +235,9 @@ fn finish(volume: &Volume, signals: &Signals) -> Result<(), FsError> {
     })
 }
 
+/// Pieces of damage that a scrub tells its client; the log has all.
+const DAMAGE_TOLD: usize = 10_000;
+
 /// What the control socket shows.
 struct Figures {
     started: Instant,
@@ -283,13 +287,44 @@ impl Figures {
     }
 }
 
+impl Figures {
+    /// Verifies shard after shard, step by step, as long as the client listens.
+    fn scrub(&self, progress: Tell<'_>) -> Result<Value, String> {
+        let space = match self.volume.call_blocking(Request::StatFs) {
+            Ok(Reply::Space(space)) => space,
+            Ok(other) => return Err(format!("the volume gave a wrong answer: {other:?}")),
+            Err(error) => return Err(error.to_string()),
+        };
+        let total = space.blocks - space.free;
+        let (mut done, mut damage) = (0, Vec::new());
+        for shard in (0..self.volume.shards()).filter_map(ShardId::new) {
+            let mut place = Some(ScrubPlace::START);
+            while let Some(from) = place {
+                let step = match self.volume.call_blocking(Request::Scrub { shard, from }) {
+                    Ok(Reply::Scrubbed(step)) => step,
+                    Ok(other) => return Err(format!("the volume gave a wrong answer: {other:?}")),
+                    Err(error) => return Err(error.to_string()),
+                };
+                done += step.blocks;
+                damage.extend(step.damage);
+                damage.truncate(DAMAGE_TOLD);
+                place = step.next;
+                let told = progress(Progress { done: done.min(total), total });
+                told.map_err(|error| format!("the client has gone: {error}"))?;
+            }
+        }
+        Ok(json!({ "blocks": done, "damage": damage }))
+    }
+}
+
 impl Handler for Figures {
-    fn handle(&self, command: Command) -> Result<Value, String> {
+    fn handle(&self, command: Command, progress: Tell<'_>) -> Result<Value, String> {
         match command {
             Command::Status => {
                 serde_json::to_value(self.report()?).map_err(|error| format!("cannot write JSON: {error}"))
             }
             Command::Sync => self.sync(),
+            Command::Scrub => self.scrub(progress),
         }
     }
 }

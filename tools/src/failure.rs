@@ -7,13 +7,15 @@
 use std::fmt;
 use std::process::ExitCode;
 
-/// Exit codes of `pollux` and `polluxd`. 0 is success; 3 is kept for `pollux scrub`.
+/// Exit codes of `pollux` and `polluxd`. 0 is success.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
     /// The operation failed.
     Failed,
     /// The command line makes no sense.
     Usage,
+    /// `scrub` found damage.
+    DamageFound,
     /// `fsck` found errors, as in fsck(8).
     ErrorsFound,
     /// `fsck` could not run, as in fsck(8).
@@ -25,6 +27,7 @@ impl From<Exit> for ExitCode {
         Self::from(match exit {
             Exit::Failed => 1,
             Exit::Usage => 2,
+            Exit::DamageFound => 3,
             Exit::ErrorsFound => 4,
             Exit::CheckImpossible => 8,
         })

@@ -576,7 +576,7 @@ fn interrupted_truncation_may_leave_extents_behind_the_end() {
 }
 
 /// Moves a file's second extent to where a clone sets it aside.
-fn set_second_aside(sample: &Sample, items: &mut Vec<Items>) {
+fn set_second_aside(sample: &Sample, items: &mut [Items]) {
     let aside = set_aside_of(sample.f);
     let extent = items[0].remove(&extent_key(sample.f, 65_536)).unwrap();
     let backref = items[0].remove(&backref_key(sample.f_second.start, sample.f, 65_536)).unwrap();
@@ -594,7 +594,7 @@ fn interrupted_clone_may_set_extents_aside() {
             items[0].insert(intent_key(sample.f, intent), intent.encode());
         });
     }
-    plant(&["SetAside"], set_second_aside);
+    plant(&["SetAside"], |sample, items| set_second_aside(sample, items));
     plant(&["StrayItem", "SetAside"], |sample, items| {
         let record = items[0][&inode_key(sample.f)].clone();
         items[0].insert(inode_key(set_aside_of(sample.f)), record);

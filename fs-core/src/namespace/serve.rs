@@ -43,6 +43,7 @@ impl Shard {
             | Request::SetXattr { .. }
             | Request::ListXattr { .. }
             | Request::RemoveXattr { .. }) => self.serve_xattr(xattr).await,
+            Request::Scrub { from, .. } => self.scrub(from).await.map(Reply::Scrubbed),
             Request::StatFs => Ok(Reply::Space(self.volume.space())),
             contents => self.serve_contents(contents).await,
         }

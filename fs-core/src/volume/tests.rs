@@ -18,6 +18,7 @@ mod history;
 mod model;
 mod oracle;
 mod planted;
+mod scrub;
 mod simulate;
 mod world;
 

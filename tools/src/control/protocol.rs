@@ -6,8 +6,13 @@
 //! → {"version":1,"command":"sync"}
 //! ← {"version":1,"result":{"took_ns":1234567}}
 //! → {"version":1,"command":"fly"}
-//! ← {"version":1,"error":"unknown command `fly`: this daemon knows status, sync"}
+//! ← {"version":1,"error":"unknown command `fly`: this daemon knows status, sync, scrub"}
+//! → {"version":1,"command":"scrub"}
+//! ← {"version":1,"progress":{"done":4096,"total":81920}}
+//! ← {"version":1,"result":{"blocks":81234,"damage":[]}}
 //! ```
+//!
+//! Long work says how far it is, any number of times before its answer. A client that leaves ends it.
 //!
 //! A request of another version gets an error that names the daemon's version. A line longer than [`REQUEST_LIMIT`],
 //! or one that is no such object, gets an error, and the connection ends.
@@ -41,17 +46,34 @@ pub struct ControlAnswer {
     /// The result, if it went well.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub result: Option<Value>,
+    /// How far it is; the answer is still to come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
     /// What went wrong otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 
+/// How far long work is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Blocks done.
+    pub done: u64,
+    /// Blocks there are, as far as known.
+    pub total: u64,
+}
+
 impl ControlAnswer {
+    /// A word on how far it is.
+    pub fn progress(progress: Progress) -> Self {
+        Self { version: VERSION, result: None, progress: Some(progress), error: None }
+    }
+
     /// The answer to a request that went well, or did not.
     pub fn new(outcome: Result<Value, String>) -> Self {
         match outcome {
-            Ok(result) => Self { version: VERSION, result: Some(result), error: None },
-            Err(error) => Self { version: VERSION, result: None, error: Some(error) },
+            Ok(result) => Self { version: VERSION, result: Some(result), progress: None, error: None },
+            Err(error) => Self { version: VERSION, result: None, progress: None, error: Some(error) },
         }
     }
 }
@@ -63,6 +85,8 @@ pub enum Command {
     Status,
     /// Everything accepted before is durable when the answer comes.
     Sync,
+    /// Every checksum on the device is verified.
+    Scrub,
 }
 
 impl Command {
@@ -71,6 +95,7 @@ impl Command {
         match self {
             Self::Status => "status",
             Self::Sync => "sync",
+            Self::Scrub => "scrub",
         }
     }
 
@@ -84,9 +109,10 @@ impl Command {
         if request.version != VERSION {
             return Err(format!("this daemon speaks version {VERSION}, not {}", request.version));
         }
-        let known = [Self::Status, Self::Sync];
+        let known = [Self::Status, Self::Sync, Self::Scrub];
         known.into_iter().find(|command| command.name() == request.command).ok_or_else(|| {
-            format!("unknown command `{}`: this daemon knows status, sync", request.command.escape_debug())
+            let command = request.command.escape_debug();
+            format!("unknown command `{command}`: this daemon knows status, sync, scrub")
         })
     }
 }

@@ -24,7 +24,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
 
-use super::protocol::{Command, ControlAnswer, REQUEST_LIMIT};
+use super::protocol::{Command, ControlAnswer, Progress, REQUEST_LIMIT};
 use crate::failure::{During, Failure};
 use crate::signals::Alarm;
 
@@ -36,12 +36,16 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What the daemon does for a client. Called on the client's own thread, where it may wait.
 pub trait Handler: Send + Sync + 'static {
-    /// Carries out a command.
+    /// Carries out a command. What takes long tells `progress` now and then, and ends early if that fails: nobody is
+    /// there any more.
     ///
     /// # Errors
     /// What to tell the client.
-    fn handle(&self, command: Command) -> Result<Value, String>;
+    fn handle(&self, command: Command, progress: Tell<'_>) -> Result<Value, String>;
 }
+
+/// Tells a client how far its command is; fails once it has gone.
+pub type Tell<'a> = &'a mut dyn FnMut(Progress) -> io::Result<()>;
 
 /// A listening control socket. Dropping it ends all conversations and removes the socket.
 pub struct ControlServer {
@@ -187,7 +191,9 @@ fn converse(stream: UnixStream, handler: &dyn Handler) {
             return;
         }
         let outcome = match Command::parse(&line) {
-            Ok(command) => handler.handle(command),
+            Ok(command) => {
+                handler.handle(command, &mut |progress| send(&mut writer, &ControlAnswer::progress(progress)))
+            }
             Err(error) => {
                 let _gone = answer(&mut writer, Err(error));
                 return;
@@ -200,7 +206,11 @@ fn converse(stream: UnixStream, handler: &dyn Handler) {
 }
 
 fn answer(stream: &mut UnixStream, outcome: Result<Value, String>) -> io::Result<()> {
-    let mut line = serde_json::to_vec(&ControlAnswer::new(outcome))?;
+    send(stream, &ControlAnswer::new(outcome))
+}
+
+fn send(stream: &mut UnixStream, answer: &ControlAnswer) -> io::Result<()> {
+    let mut line = serde_json::to_vec(answer)?;
     line.push(b'\n');
     stream.write_all(&line)
 }

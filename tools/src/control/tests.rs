@@ -8,17 +8,23 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::client::ask;
-use super::protocol::{Command, REQUEST_LIMIT};
-use super::server::{CLIENT_LIMIT, ControlServer, Handler};
+use super::client::{ask, ask_and_watch};
+use super::protocol::{Command, Progress, REQUEST_LIMIT};
+use super::server::{CLIENT_LIMIT, ControlServer, Handler, Tell};
 
 struct Fake;
 
 impl Handler for Fake {
-    fn handle(&self, command: Command) -> Result<Value, String> {
+    fn handle(&self, command: Command, progress: Tell<'_>) -> Result<Value, String> {
         match command {
             Command::Status => Ok(json!({ "volume": "fine" })),
             Command::Sync => Err("the device is gone".into()),
+            Command::Scrub => {
+                for done in 0..3 {
+                    progress(Progress { done, total: 3 }).map_err(|error| error.to_string())?;
+                }
+                Ok(json!("done"))
+            }
         }
     }
 }
@@ -55,6 +61,15 @@ fn command_gets_its_result_or_its_error() {
     assert_eq!(ask(&fixture.socket(), Command::Status).unwrap(), json!({ "volume": "fine" }));
     let failure = ask(&fixture.socket(), Command::Sync).unwrap_err().to_string();
     assert!(failure.contains("the device is gone"), "{failure}");
+}
+
+#[test]
+fn progress_comes_before_the_answer() {
+    let fixture = Fixture::new();
+    let mut seen = Vec::new();
+    let answer = ask_and_watch(&fixture.socket(), Command::Scrub, &mut |progress| seen.push(progress.done));
+    assert_eq!((answer.unwrap(), seen), (json!("done"), vec![0, 1, 2]));
+    assert_eq!(ask(&fixture.socket(), Command::Scrub).unwrap(), json!("done"));
 }
 
 #[test]

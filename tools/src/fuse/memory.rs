@@ -225,7 +225,8 @@ impl State {
             | Request::Seek { .. }
             | Request::Clone(_)
             | Request::CopyRange(_)
-            | Request::CountExtents { .. } => Err(FsError::NotSupported),
+            | Request::CountExtents { .. }
+            | Request::Scrub { .. } => Err(FsError::NotSupported),
         }
     }
 

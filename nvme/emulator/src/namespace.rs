@@ -93,7 +93,10 @@ impl Namespace {
         let (store, bytes): (Arc<dyn Store>, u64) = match &config.backing {
             Backing::Memory => {
                 let bytes = config.size_bytes.unwrap_or(0);
-                (cached(MemoryStore::new(bytes), of.write_cache), bytes)
+                let store = MemoryStore::new(bytes).map_err(|error| {
+                    EmulatorError::Config(format!("namespace {}: no memory for it: {error}", config.nsid))
+                })?;
+                (cached(store, of.write_cache), bytes)
             }
             Backing::File { path, create } => {
                 let (file, bytes) = FileStore::open(path, config.size_bytes, *create)?;

@@ -153,6 +153,30 @@ impl<'a> PayloadCursor<'a> {
         }
     }
 
+    /// [`Self::put`] from memory that others may be writing to.
+    pub(crate) fn put_volatile(&mut self, src: &VolatileSlice<'_>) {
+        let mut at = 0;
+        while at < src.len() {
+            let rest = src.offset(at).expect("below the length");
+            let slice = self.peek(rest.len()).expect("the caller sized the transfer by the payload");
+            rest.copy_to_volatile_slice(slice);
+            self.advance(slice.len());
+            at += slice.len();
+        }
+    }
+
+    /// [`Self::take`] into memory that others may be reading.
+    pub(crate) fn take_volatile(&mut self, dst: &VolatileSlice<'_>) {
+        let mut at = 0;
+        while at < dst.len() {
+            let rest = dst.offset(at).expect("below the length");
+            let slice = self.peek(rest.len()).expect("the caller sized the transfer by the payload");
+            slice.copy_to_volatile_slice(rest);
+            self.advance(slice.len());
+            at += slice.len();
+        }
+    }
+
     /// Writes `len` zero bytes to mapped memory.
     pub(crate) fn put_zeroes(&mut self, mut len: usize) {
         while len > 0 {

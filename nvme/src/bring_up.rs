@@ -8,7 +8,7 @@
 //! Excludes: the register handshake itself (`handshake`), I/O queues.
 
 use nvme_spec::feature::{AsyncEventConfiguration, FeatureId, NumberOfQueues};
-use nvme_spec::identify::Oacs;
+use nvme_spec::identify::{Oacs, Oaes};
 use nvme_spec::registers::{self, Cap, Doorbell, doorbell_offset};
 use nvme_spec::{AdminOpcode, NamespaceId, QueueId, SubmissionEntry};
 use thiserror::Error;
@@ -22,10 +22,6 @@ use crate::transport::TransportError;
 
 /// Asynchronous events that the driver wants: every critical warning, namespace and firmware notices (§5.21.1.11).
 const WANTED_WARNINGS: u8 = 0x1f;
-/// OAES: namespace attribute notices (§5.15.2.2).
-const OAES_NAMESPACE: u32 = 1 << 8;
-/// OAES: firmware activation notices.
-const OAES_FIRMWARE: u32 = 1 << 9;
 
 /// Why a controller could not be brought up.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -184,11 +180,11 @@ pub(crate) fn set_up(
     if info.raw.crdt.iter().any(|delay| delay.get() != 0) {
         optional(admin.enable_retry_delays(link))?;
     }
-    let oaes = info.raw.oaes.get();
+    let oaes = info.raw.oaes();
     let wanted = AsyncEventConfiguration::new()
         .with_smart(WANTED_WARNINGS)
-        .with_namespace_attributes(oaes & OAES_NAMESPACE != 0)
-        .with_firmware_activation(oaes & OAES_FIRMWARE != 0);
+        .with_namespace_attributes(oaes.contains(Oaes::NAMESPACE_ATTRIBUTE))
+        .with_firmware_activation(oaes.contains(Oaes::FIRMWARE_ACTIVATION));
     let entry = SubmissionEntry::set_features(FeatureId::ASYNC_EVENT_CONFIGURATION, wanted.into());
     optional(admin.execute(link, entry))?;
     admin.arm_events(info.raw.aerl_z);

@@ -28,6 +28,7 @@ use std::time::Duration;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nvme_spec::event::{AsyncEventCode, AsyncEventType};
 use nvme_spec::identify::NamespaceList;
 use nvme_spec::log::{AsyncEvent, ErrorEntry, FirmwareSlotLog, LogPageId};
 use nvme_spec::{CommandId, NamespaceId, QueueId, SubmissionEntry};
@@ -303,13 +304,13 @@ impl Shared {
     fn read_event(&self, admin: &mut Admin, event: AsyncEvent) -> Result<ControllerEvent, Problem> {
         let (link, queue) = (&self.link, &mut admin.queue);
         let information = event.information();
-        Ok(match (event.event_type(), information) {
-            (EVENT_ERROR, _) => {
+        Ok(match (event.kind(), event.code()) {
+            (AsyncEventType::ERROR, _) => {
                 let entry = queue.log_page::<ErrorEntry>(link, LogPageId::ERROR, RetainEvent::No)?;
                 let entry = Some(entry).filter(|entry| entry.error_count.get() != 0);
                 ControllerEvent::Error { information, entry }
             }
-            (EVENT_HEALTH, _) => {
+            (AsyncEventType::SMART, _) => {
                 let log: Box<nvme_spec::log::SmartLog> =
                     queue.log_page(link, LogPageId::SMART, RetainEvent::No)?;
                 ControllerEvent::Health {
@@ -318,7 +319,7 @@ impl Shared {
                     temperature_k: log.temperature.get(),
                 }
             }
-            (EVENT_NOTICE, NOTICE_NAMESPACES) => {
+            (_, AsyncEventCode::NAMESPACE_ATTRIBUTE_CHANGED) => {
                 let list: Box<NamespaceList> =
                     queue.log_page(link, LogPageId::CHANGED_NAMESPACES, RetainEvent::No)?;
                 self.rescan(admin)?;
@@ -330,12 +331,12 @@ impl Shared {
                 };
                 ControllerEvent::NamespacesChanged { changed }
             }
-            (EVENT_NOTICE, NOTICE_FIRMWARE) => {
+            (_, AsyncEventCode::FIRMWARE_ACTIVATION_STARTING) => {
                 queue.log_page::<FirmwareSlotLog>(link, LogPageId::FIRMWARE_SLOT, RetainEvent::No)?;
                 ControllerEvent::FirmwareActivation
             }
             _ => {
-                queue.log_page::<[u8; 512]>(link, LogPageId(event.log_page()), RetainEvent::No)?;
+                queue.log_page::<[u8; 512]>(link, event.page(), RetainEvent::No)?;
                 ControllerEvent::Other(event)
             }
         })
@@ -348,14 +349,3 @@ impl Shared {
         Ok(())
     }
 }
-
-/// Asynchronous event type: error status (§5.2.1).
-const EVENT_ERROR: u8 = 0;
-/// Asynchronous event type: SMART / health status.
-const EVENT_HEALTH: u8 = 1;
-/// Asynchronous event type: notice.
-const EVENT_NOTICE: u8 = 2;
-/// Notice: namespace attribute changed.
-const NOTICE_NAMESPACES: u8 = 0;
-/// Notice: firmware activation starting.
-const NOTICE_FIRMWARE: u8 = 1;

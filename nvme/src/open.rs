@@ -14,6 +14,7 @@ use crate::bring_up::BringUpError;
 use crate::controller::{Controller, ControllerOptions, Keeper, Recovery};
 use crate::spec_string::{DeviceSpec, EmulatedBacking, EmulatedMode, EmulatedSpec, Target};
 use crate::transport::embedded::EmbeddedTransport;
+use crate::transport::qtest::{self, QtestError, QtestTransport};
 use crate::transport::vfio::{VfioError, VfioTransport};
 use crate::transport::vfio_user::{self, VfioUserError, VfioUserTransport};
 use crate::transport::{SystemTiming, Timing, Transport};
@@ -36,6 +37,9 @@ pub enum OpenError {
     /// The server behind a vfio-user socket cannot be used.
     #[error(transparent)]
     VfioUser(#[from] VfioUserError),
+    /// QEMU's controller cannot be used.
+    #[error(transparent)]
+    Qtest(#[from] QtestError),
     /// The controller could not be brought up.
     #[error(transparent)]
     BringUp(#[from] BringUpError),
@@ -74,6 +78,7 @@ pub fn open(spec: &DeviceSpec, options: OpenOptions) -> Result<Arc<Controller>, 
             Arc::new(EmbeddedTransport::new(controller, device_name(emulated)))
         }
         Target::Pci(address) => VfioTransport::open(*address)?,
+        Target::Qtest(path) => Arc::new(QtestTransport::open(path, qtest::DEFAULT_TIMEOUT)?),
         Target::VfioUser(path) => Arc::new(VfioUserTransport::connect(path, vfio_user::DEFAULT_TIMEOUT)?),
     };
     let controller_options = ControllerOptions {

@@ -5,6 +5,7 @@
 //! emu:mem,size=1GiB[,…]
 //! pci:0000:01:00.0[,queues=N][,ns=ID]
 //! vfio-user:/run/x/cntrl[,queues=N][,ns=ID]
+//! qtest:DIR[,queues=N][,ns=ID]
 //! ```
 //!
 //! Invariants: parsing touches nothing outside the string; what parses is displayed so that it parses to the same again; every
@@ -50,6 +51,8 @@ pub enum Target {
     Pci(PciAddress),
     /// A controller served over a vfio-user socket.
     VfioUser(PathBuf),
+    /// The controller of a QEMU without a guest, by the directory with its socket and RAM file. For development.
+    Qtest(PathBuf),
 }
 
 /// The embedded controller.
@@ -390,6 +393,20 @@ fn parse(spec: &str) -> Result<DeviceSpec, SpecProblem> {
                 namespace: options.namespace,
             })
         }
+        "qtest" => {
+            if target.is_empty() {
+                return Err(SpecProblem::NoTarget {
+                    scheme: "qtest",
+                    example: "the directory with QEMU's socket and RAM file",
+                });
+            }
+            let options = Options::parse("qtest", parts)?;
+            Ok(DeviceSpec {
+                target: Target::Qtest(PathBuf::from(target)),
+                queues: options.queues,
+                namespace: options.namespace,
+            })
+        }
         _ => Err(SpecProblem::Scheme),
     }
 }
@@ -428,6 +445,7 @@ impl fmt::Display for DeviceSpec {
             Target::Emulated(emulated) => emulated.fmt(f)?,
             Target::Pci(address) => write!(f, "pci:{address}")?,
             Target::VfioUser(path) => write!(f, "vfio-user:{}", path.display())?,
+            Target::Qtest(path) => write!(f, "qtest:{}", path.display())?,
         }
         if let Some(queues) = self.queues {
             write!(f, ",queues={queues}")?;
@@ -502,6 +520,7 @@ mod tests {
         assert_eq!(spec("emu:./mem").to_string(), "emu:./mem");
         assert_eq!(spec("pci:0000:01:00.0").to_string(), "pci:0000:01:00.0");
         assert_eq!(spec("pci:01:00.0"), spec("pci:0000:01:00.0"));
+        assert_eq!(spec("qtest:/tmp/q,queues=2").target, Target::Qtest("/tmp/q".into()));
         assert_eq!(spec("vfio-user:/run/x/cntrl,ns=3").namespace, Some(NamespaceId::new(3)));
     }
 
@@ -543,6 +562,8 @@ mod tests {
             ("pci:0000:01:00.0,size=1GiB", "those are queues, ns"),
             ("pci:0000:+1:00.0", "`pollux list`"),
             ("vfio-user:", "the path of a socket"),
+            ("qtest:", "the directory with QEMU's socket"),
+            ("qtest:/tmp/q,size=1GiB", "those are queues, ns"),
         ] {
             let message = problem(text);
             assert!(message.contains(says), "{text}: {message}");
@@ -561,7 +582,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_string_panics_and_what_parses_round_trips(text in "(emu|pci|vfio-user)?:?[a-z0-9:.,=/GiB]{0,40}") {
+        fn no_string_panics_and_what_parses_round_trips(text in "(emu|pci|vfio-user|qtest)?:?[a-z0-9:.,=/GiB]{0,40}") {
             if let Ok(parsed) = text.parse::<DeviceSpec>() {
                 prop_assert_eq!(parsed.to_string().parse::<DeviceSpec>().unwrap(), parsed);
             }

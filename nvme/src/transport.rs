@@ -19,6 +19,7 @@ pub(crate) mod aligned;
 pub mod embedded;
 #[cfg(test)]
 pub(crate) mod fake;
+pub mod qtest;
 pub mod slab;
 pub mod vfio;
 pub mod vfio_user;

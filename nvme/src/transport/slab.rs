@@ -306,18 +306,18 @@ impl Entry {
 
 /// Free pages of a slab: runs that neither touch nor overlap, first fit.
 #[derive(Debug)]
-struct Extents {
+pub(super) struct Extents {
     /// First page to number of pages.
     runs: BTreeMap<usize, usize>,
     free: usize,
 }
 
 impl Extents {
-    fn new(pages: usize) -> Self {
+    pub(super) fn new(pages: usize) -> Self {
         Self { runs: BTreeMap::from([(0, pages)]), free: pages }
     }
 
-    fn take(&mut self, pages: usize) -> Option<usize> {
+    pub(super) fn take(&mut self, pages: usize) -> Option<usize> {
         let (&first, &length) = self.runs.iter().find(|&(_, &length)| length >= pages)?;
         self.runs.remove(&first);
         if length > pages {
@@ -327,7 +327,7 @@ impl Extents {
         Some(first)
     }
 
-    fn give(&mut self, first: usize, pages: usize) {
+    pub(super) fn give(&mut self, first: usize, pages: usize) {
         let before = self.runs.range(..first).next_back().map(|(&first, &length)| (first, length));
         let after = self.runs.range(first..).next().map(|(&first, &length)| (first, length));
         assert!(before.is_none_or(|(start, length)| start + length <= first), "pages freed twice");

@@ -25,7 +25,8 @@
 //! Numbers are little-endian.
 //!
 //! Invariants: a marker permits nothing on another drive than it was made for (a copied image), nor where something that is not
-//! ours has appeared beside it (a partition table); nothing here overwrites anything but the blocks of the marker.
+//! ours has appeared beside it (a partition table); but for [`wipe_foreign`] nothing here overwrites anything but the blocks of the
+//! marker.
 //!
 //! *Legal crash outcomes*: either copy, both or none, before [`write`] or [`remove`] return.
 //!
@@ -51,6 +52,9 @@ pub const FIRST_COPY: BlockNr = BlockNr::new(15);
 const SECOND_COPY_FROM_END: u64 = 16;
 /// Blocks of the smallest device that has a second copy.
 const TWO_COPIES_BLOCKS: u64 = 64;
+
+/// Blocks at either end of a device that hold everything that [`occupant`] looks for, but a Pollux volume.
+const SIGNATURE_BLOCKS: u64 = 33;
 
 const BLOCK_BYTES: usize = BLOCK_SIZE as usize;
 const MAGIC: [u8; 8] = *b"PLXSCRAT";
@@ -276,6 +280,31 @@ pub fn write(spec: &DeviceSpec, marker: &Marker) -> Result<(), Failure> {
             return Ok(());
         }
         Err(FsError::Io(format!("{}: the scratch marker did not read back as written", disk.name())))
+    })
+}
+
+/// Wipes the signatures of what others have put on a drive, durably, so that a marker permits something there. Does nothing to a
+/// Pollux volume.
+///
+/// # Errors
+/// It cannot be opened or written, or still holds something.
+pub fn wipe_foreign(spec: &DeviceSpec) -> Result<(), Failure> {
+    with_disk(spec, async |disk, _| {
+        if !matches!(occupant(&disk).await?, Some(Occupant::Foreign(_))) {
+            return Ok(());
+        }
+        let blocks = disk.blocks().get();
+        let ends = SIGNATURE_BLOCKS.min(blocks);
+        let zeroes = vec![0; ends as usize * BLOCK_BYTES];
+        disk.write(BlockNr::new(0), &zeroes, Durability::Cached).await?;
+        disk.write(BlockNr::new(blocks - ends), &zeroes, Durability::Cached).await?;
+        disk.flush().await?;
+        match occupant(&disk).await? {
+            Some(Occupant::Foreign(what)) => {
+                Err(FsError::Io(format!("{} still holds {what} after its signature was wiped", disk.name())))
+            }
+            _ => Ok(()),
+        }
     })
 }
 

@@ -125,9 +125,12 @@ fn what_a_drive_holds_is_not_marked_without_force() {
         assert!(drive.bytes() == before, "{name}: the drive was changed");
         let output = drive.pollux("mkscratch", &["--serial", SERIAL, "--force"]);
         assert_eq!(output.status.code(), Some(0), "{name}: {}", said(&output));
-        // Whoever asks later is told that something is still there.
+        assert!(said(&output).contains("wiped"), "{name}: {}", said(&output));
+        scratch::permit(&drive.spec()).unwrap();
+        // What comes later is somebody's again.
+        drive.put(at, magic);
         let refusal = scratch::permit(&drive.spec()).unwrap_err().to_string();
-        assert!(refusal.contains(name), "{refusal}");
+        assert!(refusal.contains(name) && refusal.contains("--force"), "{refusal}");
     }
 }
 

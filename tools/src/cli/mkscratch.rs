@@ -8,6 +8,7 @@
 use std::io::{self, BufRead, IsTerminal, Write};
 
 use clap::Args;
+use fs_core::mkfs::Occupant;
 
 use crate::device::{self, DeviceSpec};
 use crate::failure::{During, Failure};
@@ -20,7 +21,7 @@ use crate::scratch::{self, Marker, Survey};
 #[command(after_help = "\
 Shows what the drive is and holds, and asks for its serial number. Without a terminal nothing is asked: --serial S has to be that of the
 drive. A drive that holds a file system, a partition table, a RAID or LVM member, swap space or a Pollux volume is refused without
---force. Only the marker is written (one block of 4 KiB at 60 KiB, and one 64 KiB before the end), so --remove leaves what was there.
+--force, which wipes its signature. Otherwise only the marker is written: 4 KiB at 60 KiB, and 64 KiB before the end.
 
 The marker stays through `pollux mkfs`. It is worth nothing on another drive, nor once something else than a Pollux volume is found
 beside it. Tests that destroy data need --destroy-data as well.
@@ -40,7 +41,7 @@ pub(super) struct Mkscratch {
     #[arg(long, value_name = "S", conflicts_with = "remove")]
     serial: Option<String>,
 
-    /// Mark a drive that holds something
+    /// Mark a drive that holds something: that is lost
     #[arg(long, conflicts_with = "remove")]
     force: bool,
 
@@ -69,6 +70,10 @@ impl Mkscratch {
                 serial.trim()
             ))
             .remedy("nothing was written; make sure that it is the right drive"));
+        }
+        if let Some(Occupant::Foreign(what)) = &survey.holds {
+            scratch::wipe_foreign(&self.device)?;
+            outln!("wiped: {what}");
         }
         scratch::write(&self.device, &Marker::new(&survey.drive))?;
         outln!("marked: tests that are given --destroy-data may overwrite everything on it");

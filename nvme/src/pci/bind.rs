@@ -225,8 +225,10 @@ impl Run<'_> {
                     self.hands.forget(path).map_err(|error| self.refused(path, error))?;
                 }
                 Action::Write { path, value } => {
-                    self.wrote = true;
-                    self.hands.write(path, value).map_err(|error| self.refused(path, error))?;
+                    let written = self.hands.write(path, value).map_err(|error| self.refused(path, error));
+                    // Who may not write has not written; other errors can come too late.
+                    self.wrote |= !matches!(written, Err(BindError::NotAllowed { .. }));
+                    written?;
                 }
                 Action::Hold { node } => self.hold(node)?,
                 Action::LookAgain { driver } => self.look_again(driver.as_deref())?,

@@ -615,7 +615,7 @@ fn refusals_of_the_system_say_what_to_do() {
     let system = system(Some("nvme"));
     let plan = Plan::to_bind(&system.sysfs(), &[address()]).unwrap();
     let said = |errno| carry_out(&plan, &system.sysfs(), &mut Refusing(errno)).unwrap_err().to_string();
-    assert!(said(Errno::EACCES).contains("only root may bind drivers"), "{}", said(Errno::EACCES));
+    assert!(said(Errno::EACCES).ends_with("only root may bind drivers"), "{}", said(Errno::EACCES));
     assert!(said(Errno::EROFS).contains("do it on the host"), "{}", said(Errno::EROFS));
     assert!(said(Errno::EIO).contains("Input/output error"), "{}", said(Errno::EIO));
 }

@@ -6,7 +6,8 @@
 //! Invariants: a step that could not run is reported as skipped with its reason and the command that would enable
 //! it, never as passed; one failing step does not hide the ones after it; the exit code is 0 only if none failed.
 //!
-//! Excludes: the tests themselves, and anything that builds on the project's own crates (this one depends on none).
+//! Excludes: the tests themselves, and anything that builds on the project's own crates (this one knows
+//! the list of planted bugs only).
 
 mod bench;
 mod check;

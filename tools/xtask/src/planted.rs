@@ -77,9 +77,9 @@ const fn campaign(name: &'static str, arguments: &'static [&'static str]) -> Tri
     Trial { name, program: ("fs-core", "fs_core"), arguments, environment, ..FAULTS }
 }
 
-const fn of_models(package: &'static str) -> Trial {
+const fn of_models(name: &'static str, package: &'static str) -> Trial {
     let arguments = &["loom_", "--skip", "caught"];
-    Trial { name: "models", build: Build::Models, program: (package, package), arguments, ..FAULTS }
+    Trial { name, build: Build::Models, program: (package, package), arguments, ..FAULTS }
 }
 
 /// The trials of a net, those that take least first.
@@ -96,8 +96,8 @@ fn trials(net: Net) -> Vec<Trial> {
             campaign("simulation", &["volume::tests::simulate"]),
             campaign("faults", &["volume::tests::faults"]),
         ],
-        Net::NvmeModels => vec![of_models("nvme")],
-        Net::ReactorModels => vec![of_models("reactor")],
+        Net::NvmeModels => vec![of_models("models of nvme", "nvme")],
+        Net::ReactorModels => vec![of_models("models of reactor", "reactor")],
     }
 }
 

@@ -6,6 +6,8 @@
 //! |---|---|---|
 //! | unit | tests of all crates but `hw-tests`, apart from those marked `#[ignore]` | nothing |
 //! | doc | documentation tests | nothing |
+//! | models | protocols between threads in every interleaving, `unsafe` under Miri | Miri: a nightly toolchain |
+//! | fuzz | each fuzz target for half a minute | coverage guidance: a C++ compiler |
 //! | mount | `hw-tests`, and all of `pollux-tools` with its `#[ignore]`d tests, on release builds of the programs: real mounts, real programs | `/dev/fuse`, root or fusermount3, Debian packages |
 //!
 //! Outside `hw-tests`, a test that needs more than a compiler carries `#[ignore = "what it needs"]`. The mount tier
@@ -13,8 +15,8 @@
 
 use clap::Args;
 
-use crate::packages;
 use crate::steps::{Steps, has_cargo_command};
+use crate::{fuzz, models, packages};
 
 /// Every crate but the one whose tests all mount.
 const NOT_MOUNTING: &[&str] = &["--workspace", "--exclude", "hw-tests"];
@@ -38,6 +40,8 @@ pub(crate) fn run(steps: &mut Steps, options: &TestOptions) {
     let runner = Runner::find(steps);
     runner.unit(steps);
     steps.cargo("doc tests", &["test", "--quiet", "--locked", "--workspace", "--doc"]);
+    models::run(steps);
+    fuzz::run_all(steps);
     if options.no_mount {
         steps.skip("mount tests", "left out with --no-mount");
     } else {

@@ -1,4 +1,5 @@
-//! The admin queue: one command at a time, each with a deadline, beside the asynchronous event requests, which have none.
+//! The admin queue: one command at a time, each with a deadline, beside the asynchronous event requests, which have none, and at
+//! most one long command, which others overtake.
 //!
 //! Invariants:
 //! - a command that is not answered in time is a fault of the controller, since its buffer must not be reused while the
@@ -36,12 +37,14 @@ pub const ADMIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Asynchronous event requests that the driver keeps outstanding, if the controller holds as many (AERL).
 pub(crate) const MAX_EVENT_REQUESTS: u8 = 4;
 /// Time between two looks at CSTS while a command is awaited.
-const STATUS_INTERVAL: Duration = Duration::from_millis(100);
+pub(crate) const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Owner of the one command that somebody waits for.
 const AWAITED: u16 = 0;
 /// Owner of event requests.
 const EVENT: u16 = 1;
+/// Owner of the command of [`AdminQueue::begin`].
+const LONG: u16 = 2;
 
 /// Why an admin command failed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -68,6 +71,8 @@ pub(crate) struct AdminQueue {
     armed: u8,
     /// Event requests that it refused: not sent again.
     refused: u8,
+    /// Completion of the long command, until it is taken.
+    long: Option<Reaped>,
     /// Dword 0 of events reported and not taken yet.
     reported: Vec<AsyncEvent>,
 }
@@ -78,13 +83,13 @@ impl AdminQueue {
         let queue = Queue::new(Arc::clone(&link.transport), shape, None)?;
         let data = link.transport.allocate(IDENTIFY_BYTES)?;
         let reported = Vec::with_capacity(usize::from(MAX_EVENT_REQUESTS));
-        Ok(Self { queue, data, armed: 0, refused: 0, reported })
+        Ok(Self { queue, data, armed: 0, refused: 0, long: None, reported })
     }
 
     /// Forgets everything outstanding: the controller was disabled.
     pub(crate) fn restart(&mut self) {
         self.queue.restart();
-        (self.armed, self.refused) = (0, 0);
+        (self.armed, self.refused, self.long) = (0, 0, None);
         self.reported.clear();
     }
 
@@ -117,10 +122,26 @@ impl AdminQueue {
         let (_, cid) = self.queue.push(entry, AWAITED);
         self.queue.ring();
         let reaped = self.await_completion(link, cid, entry.opcode, timeout).map_err(AdminError::Failed)?;
-        if reaped.status.is_success() {
-            return Ok(reaped.dw0);
+        outcome(entry.opcode, reaped)
+    }
+
+    /// Sends a command that may take long, without waiting for it. There is one at a time: the caller sees to that.
+    pub(crate) fn begin(&mut self, link: &Link, entry: SubmissionEntry) -> Result<CommandId, AdminError> {
+        if let Some(fault) = link.health.obstacle() {
+            return Err(AdminError::Failed(fault));
         }
-        Err(AdminError::Status { opcode: AdminOpcode(entry.opcode), status: reaped.status })
+        self.long = None;
+        let (_, cid) = self.queue.push(entry, LONG);
+        self.queue.ring();
+        Ok(cid)
+    }
+
+    /// What became of the command of [`Self::begin`], of this opcode, if it is back.
+    pub(crate) fn finished(&mut self, opcode: u8) -> Option<Result<u32, AdminError>> {
+        if let Err(fault) = self.take_completions() {
+            return Some(Err(AdminError::Failed(fault)));
+        }
+        self.long.take().map(|reaped| outcome(opcode, reaped))
     }
 
     fn await_completion(
@@ -156,6 +177,7 @@ impl AdminQueue {
         let outcome = loop {
             match self.queue.poll() {
                 Ok(Some(reaped)) if reaped.command.owner == EVENT => self.event_completed(reaped),
+                Ok(Some(reaped)) if reaped.command.owner == LONG => self.long = Some(reaped),
                 Ok(Some(reaped)) => answer = Some(reaped),
                 Ok(None) => break Ok(answer),
                 Err(error) => break Err(Fault::Protocol { queue: QueueId::ADMIN, error }),
@@ -281,6 +303,14 @@ impl AdminQueue {
         behaviour[0] = 1; // ACRE
         let entry = SubmissionEntry::set_features(FeatureId::HOST_BEHAVIOR_SUPPORT, 0);
         self.execute_with_bytes(link, entry, &behaviour)
+    }
+}
+
+/// Dword 0 of a completion, or the status that is not success.
+fn outcome(opcode: u8, reaped: Reaped) -> Result<u32, AdminError> {
+    match reaped.status.is_success() {
+        true => Ok(reaped.dw0),
+        false => Err(AdminError::Status { opcode: AdminOpcode(opcode), status: reaped.status }),
     }
 }
 

@@ -15,6 +15,8 @@
 //! Excludes: the I/O path; what is done about faults and events (`keeper`, `recovery`).
 
 mod commands;
+mod features;
+mod format;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
@@ -44,9 +46,11 @@ use crate::shadow::ShadowMemory;
 use crate::transport::{Timing, Transport, TransportError};
 use crate::wake;
 pub(crate) use commands::command_set_limits;
-pub use commands::{
-    CommandError, FORMAT_TIMEOUT, Feature, FormatError, FormatOptions, NamespaceUid, Persistence,
-};
+pub use commands::{CommandError, NamespaceUid};
+use features::Settings;
+pub use features::{Feature, MAX_SETTINGS, Persistence};
+use format::Formatting;
+pub use format::{FORMAT_TIMEOUT, FormatError, FormatOptions};
 
 /// Active namespaces that the driver keeps.
 pub const MAX_NAMESPACES: usize = 1024;
@@ -84,6 +88,14 @@ pub enum QueueError {
         nsid: u32,
         /// Why.
         problem: NamespaceProblem,
+    },
+    /// The namespace is being formatted.
+    #[error("namespace {nsid} of {device} is being formatted: try again when that is done")]
+    Formatting {
+        /// Device name.
+        device: String,
+        /// The namespace.
+        nsid: u32,
     },
     /// An option is out of range.
     #[error("{0}")]
@@ -170,6 +182,10 @@ pub(crate) struct Admin {
     stranded: BTreeSet<u16>,
     /// Memory that a queue left behind without the controller's consent: until the controller is proven quiet.
     kept: Vec<Arc<dyn DmaRegion>>,
+    /// Features that were set, for the time after a reset.
+    settings: Settings,
+    /// A format that is under way.
+    formatting: Option<Formatting>,
 }
 
 impl Admin {
@@ -209,6 +225,8 @@ impl Controller {
                 users: BTreeMap::new(),
                 stranded: BTreeSet::new(),
                 kept: Vec::new(),
+                settings: Settings::default(),
+                formatting: None,
             }),
             options: options.clone(),
             info: found.info,
@@ -504,6 +522,9 @@ impl Shared {
         interrupt: QueueInterrupt,
         waker: Option<&Arc<OwnedFd>>,
     ) -> Result<(Queue, Arc<Lane>), QueueError> {
+        if admin.formatting.is_some_and(|formatting| formatting.touches(namespace.nsid)) {
+            return Err(QueueError::Formatting { device: self.name.clone(), nsid: namespace.nsid.get() });
+        }
         // Formatted between the caller's look and this lock: what the caller planned is void.
         let unchanged =
             |entry: &NamespaceEntry| entry.checked.as_ref().is_ok_and(|now| now.is_like(namespace));

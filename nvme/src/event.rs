@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use nvme_spec::NamespaceId;
 use nvme_spec::log::{AsyncEvent, CriticalWarning, ErrorEntry};
 
+use crate::controller::Feature;
 use crate::fault::Fault;
 
 /// Events kept for [`Controller::take_events`](crate::Controller::take_events): the oldest are dropped beyond that.
@@ -47,6 +48,11 @@ pub enum ControllerEvent {
     Reset {
         /// Why.
         fault: Fault,
+    },
+    /// After a reset, the controller refused a feature that had been set before.
+    SettingLost {
+        /// The feature, with the value that it was to have.
+        feature: Feature,
     },
     /// Another event, its log page read and so acknowledged.
     Other(AsyncEvent),

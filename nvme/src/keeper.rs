@@ -237,7 +237,10 @@ impl Shared {
             Errand::Delete { .. } => {
                 self.delete_on_device(admin, lane.id, ESCALATION_TIMEOUT).map(|()| Answer::Deleted)
             }
-            Errand::Create => self.create_on_device(admin, lane).map(|()| Answer::Created),
+            Errand::Create => self
+                .create_on_device(admin, lane)
+                .and_then(|()| self.restore_vector(admin, lane))
+                .map(|()| Answer::Created),
             Errand::Look => self.link.check_status().map(|()| Answer::Alive).map_err(AdminError::Failed),
         };
         match outcome {

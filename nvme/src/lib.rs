@@ -45,8 +45,8 @@ mod wake;
 pub use admin::{ADMIN_TIMEOUT, AdminError};
 pub use bring_up::BringUpError;
 pub use controller::{
-    CommandError, Controller, ControllerOptions, Feature, FormatError, FormatOptions, Keeper, NamespaceUid,
-    Persistence, QueueError, Recovery,
+    CommandError, Controller, ControllerOptions, Feature, FormatError, FormatOptions, Keeper, MAX_SETTINGS,
+    NamespaceUid, Persistence, QueueError, Recovery,
 };
 pub use copy::CopyLimits;
 pub use event::ControllerEvent;

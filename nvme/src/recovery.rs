@@ -5,7 +5,7 @@
 //! | CC.EN=0, CSTS.RDY=0 | proven quiet | function reset, then the same |
 //! | DMA revoked | proven quiet, for good | abandoned: memory is never reused |
 //! | CC.EN=1, Identify | the same controller as before | failed: another one answers |
-//! | features, shadow doorbells, event requests, namespaces | running, next epoch | once more after a function reset, then failed |
+//! | shadow doorbells, event requests, features that were set before, namespaces | running, next epoch | once more after a function reset, then failed |
 //!
 //! I/O queues are not created here: each owner does so when it sees the new epoch, after it has cleared its rings.
 //!
@@ -174,6 +174,7 @@ impl Shared {
                 self.granted_queues
             )));
         }
+        self.restore_settings(admin).map_err(Problem::from)?;
         let namespaces = bring_up::list_namespaces(link, &mut admin.queue, &self.info)?;
         *self.namespaces.write().unwrap_or_else(PoisonError::into_inner) = namespaces.into();
         Ok(())

@@ -1,12 +1,17 @@
 //! Format, log pages and limits against a controller that only notes what it is told.
 
 use super::*;
-use crate::controller::{ControllerOptions, Keeper};
+use crate::controller::{ControllerOptions, Feature, FormatError, FormatOptions, Keeper, Persistence};
+use crate::identity::NamespaceProblem;
 use crate::queue_pair::QueueOptions;
 use crate::transport::Timing;
 use crate::transport::fake::{Fake, Script};
 use nvme_spec::AdminOpcode;
+use nvme_spec::feature::FeatureId;
+use nvme_spec::format::SecureErase;
+use nvme_spec::identify::{Fna, Oacs};
 use std::sync::Arc;
+use std::time::Duration;
 
 fn bring_up(script: Script) -> (Arc<Fake>, Arc<Controller>) {
     let fake = Fake::new(script);

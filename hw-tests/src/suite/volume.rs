@@ -1,0 +1,5 @@
+//! Not yet.
+
+use super::Case;
+
+pub(super) const CASES: &[Case] = &[];

@@ -19,7 +19,7 @@ mod features;
 mod format;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::thread::JoinHandle;
@@ -324,6 +324,12 @@ impl Controller {
             self.shared.turn();
         }
         self.shared.take_events()
+    }
+
+    /// A descriptor that becomes readable, for good, once the device has gone or its owner wants it back; `None` if the way to the
+    /// device cannot tell. Whoever holds the controller should let go of it then: behind VFIO the kernel waits for that.
+    pub fn removal_event(&self) -> Option<BorrowedFd<'_>> {
+        self.shared.link.transport.removal_event()
     }
 
     /// The fatal error that ended the controller, if there was one.

@@ -8,7 +8,7 @@
 //! | volume mounted on the reactors | everything written, checkpoint, shards ended |
 //! | mount(2) and session threads | unmounted |
 //! | control socket | conversations ended, socket removed |
-//! | wait for SIGINT, SIGTERM, or the end of the session (umount(8)) | |
+//! | wait for SIGINT, SIGTERM, the end of the session (umount(8)), or the end of the device (gone, or wanted back) | |
 //!
 //! The end: the mount is taken away, politely for `POLITE_PERIOD` and then by force, so that nothing more is
 //! accepted; then everything accepted is written and made durable. A second signal during the first part ends the
@@ -161,7 +161,12 @@ impl Daemon {
         let _server = ControlServer::start(&socket, link.as_deref(), figures.clone())?;
         let report = figures.report().map_err(Failure::new)?;
         announce(&Ready { mount: mounted.path(), socket: &socket, report });
-        signals.wait(mounted.ended(), None).during("cannot wait for signals")?;
+        let removal = device.controller().removal_event();
+        let woken = signals.wait_beside(mounted.ended(), removal, None).during("cannot wait for signals")?;
+        if woken == Woken::Descriptor {
+            // Without this the kernel would wait for its device for as long as this process lives.
+            tracing::warn!(device = %self.device, "the device has gone or is wanted back: unmounting");
+        }
         Ok(())
     }
 }

@@ -28,6 +28,8 @@ pub enum Woken {
     Signal,
     /// The [`Alarm`].
     Alarm,
+    /// The descriptor beside it.
+    Descriptor,
     /// Neither, in the given time.
     Timeout,
 }
@@ -51,6 +53,19 @@ impl Signals {
     /// # Errors
     /// The system's.
     pub fn wait(&self, alarm: &Alarm, timeout: Option<Duration>) -> nix::Result<Woken> {
+        self.wait_beside(alarm, None, timeout)
+    }
+
+    /// As [`wait`](Self::wait), also for a descriptor that becomes readable, if there is one; signal and alarm win.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn wait_beside(
+        &self,
+        alarm: &Alarm,
+        descriptor: Option<BorrowedFd<'_>>,
+        timeout: Option<Duration>,
+    ) -> nix::Result<Woken> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         loop {
             if self.descriptor.read_signal()?.is_some() {
@@ -64,14 +79,18 @@ impl Signals {
                     PollTimeout::try_from(left + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX)
                 }
             };
-            let mut descriptors = [
+            let mut descriptors = vec![
                 PollFd::new(self.descriptor.as_fd(), PollFlags::POLLIN),
                 PollFd::new(alarm.as_fd(), PollFlags::POLLIN),
             ];
+            descriptors.extend(descriptor.map(|descriptor| PollFd::new(descriptor, PollFlags::POLLIN)));
             match poll(&mut descriptors, remaining) {
                 Ok(0) => return Ok(Woken::Timeout),
                 Ok(_) if descriptors[0].any() == Some(true) => {}
                 Ok(_) if descriptors[1].any() == Some(true) => return Ok(Woken::Alarm),
+                Ok(_) if descriptors.get(2).and_then(PollFd::any) == Some(true) => {
+                    return Ok(Woken::Descriptor);
+                }
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(error) => return Err(error),
             }
@@ -103,9 +122,13 @@ impl Alarm {
 
     /// Whether it is raised.
     pub fn is_raised(&self) -> bool {
-        let mut descriptors = [PollFd::new(self.event.as_fd(), PollFlags::POLLIN)];
-        matches!(poll(&mut descriptors, PollTimeout::ZERO), Ok(1))
+        is_readable(self.event.as_fd())
     }
+}
+
+/// Whether reading from a descriptor would not wait.
+pub fn is_readable(descriptor: BorrowedFd<'_>) -> bool {
+    matches!(poll(&mut [PollFd::new(descriptor, PollFlags::POLLIN)], PollTimeout::ZERO), Ok(1))
 }
 
 /// Readable while a signal waits to be read.
@@ -135,6 +158,19 @@ mod tests {
         assert!(alarm.is_raised());
         assert_eq!(signals.wait(&alarm, None).unwrap(), Woken::Alarm);
         assert_eq!(signals.wait(&alarm, None).unwrap(), Woken::Alarm);
+    }
+
+    #[test]
+    fn a_readable_descriptor_ends_the_wait_unless_the_alarm_does() {
+        let signals = Signals::block().unwrap();
+        let (alarm, other) = (Alarm::new().unwrap(), Alarm::new().unwrap());
+        let wait = || signals.wait_beside(&alarm, Some(other.as_fd()), Some(Duration::ZERO)).unwrap();
+        assert_eq!(wait(), Woken::Timeout);
+        other.raise();
+        assert_eq!(wait(), Woken::Descriptor);
+        assert_eq!(signals.wait(&alarm, Some(Duration::ZERO)).unwrap(), Woken::Timeout);
+        alarm.raise();
+        assert_eq!(wait(), Woken::Alarm);
     }
 
     #[test]

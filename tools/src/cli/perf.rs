@@ -17,7 +17,7 @@ use crate::failure::{During, Failure};
 use crate::load::{DeviceFigures, Figures, Latency, Load, LoadError, Measured, Pattern, RunningLoad};
 use crate::output::outln;
 use crate::quantity::{CoreList, parse_cores, parse_seconds, show_nanos, show_rate, show_size};
-use crate::signals::{Alarm, Signals, Woken};
+use crate::signals::{Alarm, Signals, Woken, is_readable};
 
 /// Most requests in flight on one queue.
 const DEPTH_LIMIT: u32 = 4096;
@@ -138,6 +138,11 @@ impl Access {
     }
 }
 
+/// Whether the device has gone, or is to be let go.
+fn is_wanted_back(controller: &Controller) -> bool {
+    controller.removal_event().is_some_and(is_readable)
+}
+
 impl Perf {
     pub(super) fn run(&self) -> Result<(), Failure> {
         let load = self.load()?;
@@ -160,8 +165,15 @@ impl Perf {
             self.print(&measured);
         }
         stopped?;
+        let gone = controllers.iter().find(|controller| is_wanted_back(controller));
         match measured.devices.iter().find(|device| device.errors > 0) {
-            None => Ok(()),
+            None => match gone {
+                None => Ok(()),
+                Some(controller) => Err(Failure::new(format!(
+                    "{}: the device is being removed or wanted back; the load ended early",
+                    controller.name()
+                ))),
+            },
             Some(first) => Err(Failure::new(format!(
                 "{} requests failed, the first on {}: {}",
                 measured.total().errors,
@@ -216,7 +228,7 @@ impl Perf {
                 _ => failure,
             }
         })?;
-        self.watch(&running, signals)?;
+        self.watch(&running, controllers, signals)?;
         let mut measured = running.finish().during("cannot measure")?;
         // By the spec that the user gave: several devices in memory have the same name.
         for (device, spec) in measured.devices.iter_mut().zip(&self.devices) {
@@ -225,15 +237,20 @@ impl Perf {
         Ok(measured)
     }
 
-    /// Shows how it goes until the time is up or somebody asks for the end.
-    fn watch(&self, running: &RunningLoad, signals: &Signals) -> Result<(), Failure> {
+    /// Shows how it goes until the time is up, somebody asks for the end, or a device is to be given back.
+    fn watch(
+        &self,
+        running: &RunningLoad,
+        controllers: &[Arc<Controller>],
+        signals: &Signals,
+    ) -> Result<(), Failure> {
         let never = Alarm::new().during("cannot wait for signals")?;
         let progress = Progress::new(self.warmup + self.runtime, self.bs, self.json);
         let started = Instant::now();
         let mut line = (started, 0);
         while !running.is_finished() {
             let woken = signals.wait(&never, Some(LOOK_INTERVAL)).during("cannot wait for signals")?;
-            if woken == Woken::Signal {
+            if woken == Woken::Signal || controllers.iter().any(|controller| is_wanted_back(controller)) {
                 running.end_early();
                 break;
             }

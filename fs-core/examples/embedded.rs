@@ -4,7 +4,7 @@
 
 use std::error::Error;
 
-use fs_core::mkfs::{Force, FormatOptions, format};
+use fs_core::mkfs::{Force, FormatOptions, Owner, format};
 use fs_core::request::{Caller, KillPrivileges, NewInode, SyncScope, WriteSource};
 use fs_core::types::FileOffset;
 use fs_core::{MountOptions, Reply, Request, Volume, WriteOutcome};
@@ -16,7 +16,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let reactors =
         || Simulator::new(SimOptions { reactors: 2, disk: Some(disk.clone()), ..SimOptions::default() });
 
-    let options = FormatOptions { shards: 2, label: "example".to_owned(), force: Force::Refuse };
+    let options =
+        FormatOptions { shards: 2, label: "example".to_owned(), force: Force::Refuse, owner: Owner::ROOT };
     let report = reactors().block_on(0, |ctx: Context| async move { format(&ctx, &options).await })??;
     println!("formatted {} bytes in {} groups", report.bytes, report.groups);
 

@@ -49,6 +49,20 @@ pub enum Force {
     Overwrite,
 }
 
+/// Whose the root directory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+impl Owner {
+    /// The superuser.
+    pub const ROOT: Self = Self { uid: 0, gid: 0 };
+}
+
 /// What to make.
 #[derive(Clone, Debug)]
 pub struct FormatOptions {
@@ -58,6 +72,8 @@ pub struct FormatOptions {
     pub label: String,
     /// Whether to overwrite what is there.
     pub force: Force,
+    /// Owner of the root directory: whoever is to create the first files, as nobody else may.
+    pub owner: Owner,
 }
 
 /// What was made.
@@ -138,7 +154,7 @@ pub async fn format(ctx: &Context, options: &FormatOptions) -> Result<FormatRepo
     }
     clear(&disk, &layout).await?;
     let mut superblock = blank_superblock(ctx, layout, options);
-    populate(ctx, &disk, &mut superblock).await?;
+    populate(ctx, &disk, &mut superblock, options.owner).await?;
     disk.flush().await?;
     if let Some(warning) = superblock::write(&disk, &superblock).await? {
         return Err(FormatError::Io(FsError::Io(format!("{}: {warning}", disk.name()))));
@@ -207,7 +223,12 @@ fn blank_superblock(ctx: &Context, layout: VolumeLayout, options: &FormatOptions
 }
 
 /// Writes trees and bitmaps, and records them in the superblock.
-async fn populate(ctx: &Context, disk: &VolumeDisk, superblock: &mut Superblock) -> Result<(), FormatError> {
+async fn populate(
+    ctx: &Context,
+    disk: &VolumeDisk,
+    superblock: &mut Superblock,
+    owner: Owner,
+) -> Result<(), FormatError> {
     let layout = superblock.layout;
     for shard in (0..superblock.shard_count()).filter_map(ShardId::new) {
         let shards = u64::from(superblock.shard_count());
@@ -222,7 +243,7 @@ async fn populate(ctx: &Context, disk: &VolumeDisk, superblock: &mut Superblock)
         let mut tree = Tree::empty(superblock.tree_identity(shard), FIRST_EPOCH, &mut space);
         let mut record = ShardRecord { next_inode: 1, ..ShardRecord::BLANK };
         if InodeNr::ROOT.shard() == shard {
-            let mut root = InodeRecord::new(FileKind::Directory, 0o755, 0, 0, ctx.wall());
+            let mut root = InodeRecord::new(FileKind::Directory, 0o755, owner.uid, owner.gid, ctx.wall());
             root.parent = InodeNr::ROOT;
             let key = inode_key(InodeNr::ROOT);
             tree.insert(key, &root.encode(), FIRST_EPOCH, &mut space).expect("a new tree is in memory");

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use fs_core::MountError;
 use fs_core::disk::VolumeDisk;
 use fs_core::format::group::LayoutError;
-use fs_core::mkfs::{self, Force, FormatError, FormatOptions, FormatReport};
+use fs_core::mkfs::{self, Force, FormatError, FormatOptions, FormatReport, Owner};
 use fs_core::superblock::SuperblockError;
 use nvme::stats::{Latencies, LatencyClass, LatencySnapshot, QueueCounters};
 use nvme::{Controller, QueueOptions, QueuePair};
@@ -259,7 +259,10 @@ pub fn format(spec: &DeviceSpec, formatting: &Formatting) -> Result<Formatted, F
         let label = formatting.label.clone();
         let disk = VolumeDisk::new(ctx.disk().clone())?;
         let scratch = scratch::read_on(&disk).await?;
-        let report = mkfs::format(&ctx, &FormatOptions { shards, label, force: formatting.force }).await?;
+        // An ordinary user could not create the first file in a directory of root's.
+        let owner = Owner { uid: nix::unistd::geteuid().as_raw(), gid: nix::unistd::getegid().as_raw() };
+        let options = FormatOptions { shards, label, force: formatting.force, owner };
+        let report = mkfs::format(&ctx, &options).await?;
         if let Some(marker) = &scratch {
             scratch::renew_on(&disk, marker).await?;
         }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fs_core::fsck::{DataCheck, check_with};
-use fs_core::mkfs::{Force, FormatOptions, format};
+use fs_core::mkfs::{Force, FormatOptions, Owner, format};
 use fs_core::request::{Caller, KillPrivileges, NewInode, Reply, Request, SyncScope, WriteSource};
 use fs_core::types::{FileOffset, InodeNr};
 use fs_core::{FsError, MountOptions, Volume};
@@ -74,7 +74,8 @@ fn on_one_reactor<T, Fut: Future<Output = T>>(
 }
 
 fn make_volume(emulator: &Arc<EmulatedController>) {
-    let options = FormatOptions { shards: 2, label: "recovery".to_owned(), force: Force::Refuse };
+    let options =
+        FormatOptions { shards: 2, label: "recovery".to_owned(), force: Force::Refuse, owner: Owner::ROOT };
     on_one_reactor(emulator, |ctx: Context| async move { format(&ctx, &options).await.map(drop) }).unwrap();
 }
 

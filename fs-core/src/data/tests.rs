@@ -8,7 +8,7 @@ use reactor::sim::{CutPolicy, SimDisk, SimDiskOptions, SimOptions, Simulator, Te
 use reactor::{Context, Lba, LbaCount, LbaRange, Random};
 
 use crate::error::FsError;
-use crate::mkfs::{Force, FormatOptions, format};
+use crate::mkfs::{Force, FormatOptions, Owner, format};
 use crate::request::{
     AllocateMode, AttributeChange, Attributes, Caller, KillPrivileges, NewInode, Reply, Request, SeekWhat,
     SyncScope, WriteSource,
@@ -31,7 +31,8 @@ impl World {
         let disk = SimDisk::new(SimDiskOptions { seed, ..disk_options });
         let sim = Simulator::new(SimOptions { seed, disk: Some(disk.clone()), ..SimOptions::default() });
         let world = Self { sim, disk, options };
-        let format_options = FormatOptions { shards: 1, label: String::new(), force: Force::Refuse };
+        let format_options =
+            FormatOptions { shards: 1, label: String::new(), force: Force::Refuse, owner: Owner::ROOT };
         world.run(|ctx| async move { format(&ctx, &format_options).await }).unwrap();
         world
     }

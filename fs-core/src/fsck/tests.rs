@@ -358,8 +358,12 @@ fn volume_without_damage_is_clean() {
 #[test]
 fn new_volume_is_clean() {
     let disk = SimDisk::new(SimDiskOptions { blocks: BLOCKS, ..SimDiskOptions::default() });
-    let options =
-        crate::mkfs::FormatOptions { shards: 2, label: String::new(), force: crate::mkfs::Force::Refuse };
+    let options = crate::mkfs::FormatOptions {
+        shards: 2,
+        label: String::new(),
+        force: crate::mkfs::Force::Refuse,
+        owner: crate::mkfs::Owner::ROOT,
+    };
     crate::mkfs::tests::format_on(&disk, &options).unwrap();
     assert!(codes(&disk).is_empty());
 }

@@ -17,7 +17,12 @@ fn sim_disk(lba_size: u32, bytes: u64) -> SimDisk {
 }
 
 fn options(shards: u8) -> FormatOptions {
-    FormatOptions { shards, label: "Kastor".to_owned(), force: Force::Refuse }
+    FormatOptions {
+        shards,
+        label: "Kastor".to_owned(),
+        force: Force::Refuse,
+        owner: Owner { uid: 1000, gid: 100 },
+    }
 }
 
 pub(crate) fn format_on(disk: &SimDisk, options: &FormatOptions) -> Result<FormatReport, FormatError> {
@@ -53,6 +58,7 @@ fn check_new_volume(disk: &SimDisk, shards: u8) {
                 assert_eq!(key, inode_key(InodeNr::ROOT));
                 let root = InodeRecord::decode(value).unwrap();
                 assert_eq!((root.kind, root.links, root.parent), (FileKind::Directory, 2, InodeNr::ROOT));
+                assert_eq!((root.uid, root.gid), (1000, 100));
                 assert_eq!((record.next_inode, record.inodes), (2, 1));
             } else {
                 assert!(items.is_empty());

@@ -6,7 +6,7 @@ use reactor::sim::{CutPolicy, SimDisk, SimDiskOptions, SimOptions, Simulator};
 use reactor::{Context, ReactorHandle};
 
 use super::*;
-use crate::mkfs::{Force, FormatOptions, format};
+use crate::mkfs::{Force, FormatOptions, Owner, format};
 use crate::request::{Attributes, Caller, FileKind, NewInode, RenameMode};
 
 mod client;
@@ -32,7 +32,8 @@ pub(super) fn disk(blocks: u64, seed: u64) -> SimDisk {
 pub(super) fn formatted(blocks: u64, seed: u64) -> SimDisk {
     let disk = disk(blocks, seed);
     let sim = Simulator::new(SimOptions { seed, disk: Some(disk.clone()), ..SimOptions::default() });
-    let options = FormatOptions { shards: SHARDS, label: "test".to_owned(), force: Force::Refuse };
+    let options =
+        FormatOptions { shards: SHARDS, label: "test".to_owned(), force: Force::Refuse, owner: Owner::ROOT };
     sim.block_on(0, |ctx: Context| async move { format(&ctx, &options).await }).unwrap().unwrap();
     disk
 }

@@ -8,7 +8,7 @@ use reactor::sim::{CutPolicy, SimDisk, SimDiskOptions, SimOptions, Simulator, Te
 
 use crate::error::FsError;
 use crate::fsck;
-use crate::mkfs::{self, Force, FormatOptions};
+use crate::mkfs::{self, Force, FormatOptions, Owner};
 use crate::request::{
     AttributeChange, Attributes, Caller, DirectoryEntry, FileKind, NewInode, RenameMode, Reply, Request,
     SyncScope,
@@ -128,7 +128,7 @@ impl Machine {
 }
 
 async fn format(ctx: &Context, shards: u8) {
-    let options = FormatOptions { shards, label: "sim".to_owned(), force: Force::Refuse };
+    let options = FormatOptions { shards, label: "sim".to_owned(), force: Force::Refuse, owner: Owner::ROOT };
     mkfs::format(ctx, &options).await.unwrap();
 }
 

@@ -13,7 +13,7 @@ use super::history::History;
 use super::model::Model;
 use super::*;
 use crate::fsck::{DataCheck, check_with};
-use crate::mkfs::{FormatOptions, format};
+use crate::mkfs::{FormatOptions, Owner, format};
 
 /// Rounds of the simulator beyond which a session counts as hung.
 const MAX_ROUNDS: u64 = 8_000_000;
@@ -107,7 +107,12 @@ impl Shape {
         let disk = SimDisk::new(self.disk_options());
         let options = SimOptions { seed: self.seed, disk: Some(disk.clone()), ..SimOptions::default() };
         let sim = Simulator::new(options);
-        let options = FormatOptions { shards: self.shards, label: String::new(), force: Force::Refuse };
+        let options = FormatOptions {
+            shards: self.shards,
+            label: String::new(),
+            force: Force::Refuse,
+            owner: Owner::ROOT,
+        };
         sim.block_on(0, |ctx: Context| async move { format(&ctx, &options).await })
             .expect("formatting ends")
             .expect("the disk can be formatted");

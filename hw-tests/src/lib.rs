@@ -4,11 +4,13 @@
 //! |---|---|
 //! | `harness` | real daemons, real mounts, real programs (re-exported here) |
 //! | [`suite`] | the cases that run unchanged on every device, and those that bring a machine of their own |
+//! | [`guest`] | a QEMU guest with the real VFIO, and what must hold in it |
 //! | [`runner`] | a child process with a deadline for each case |
 //! | [`report`] | what a case printed, and the table device × suite × result |
 //!
 //! Excludes: what only the embedded controller can do (`nvme/tests`, `nvme/emulator`).
 
+pub mod guest;
 mod harness;
 pub mod report;
 pub mod runner;

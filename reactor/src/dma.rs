@@ -401,6 +401,28 @@ impl DmaBuffer {
         }
     }
 
+    /// Keeps the first `len` bytes; whole pages behind them go back to the pool. Never waits and never fails: to give a
+    /// buffer back and ask for a shorter one would mean to stand in line again.
+    ///
+    /// # Panics
+    /// If `len` is zero, not a multiple of 512, or more than there is.
+    pub fn shorten(&mut self, len: usize) {
+        assert!(
+            len > 0 && len.is_multiple_of(LENGTH_UNIT) && len <= self.len(),
+            "a DMA buffer of {} bytes cannot be shortened to {len}",
+            self.len
+        );
+        let order = order_of(len).unwrap_or(self.order).min(self.order);
+        let mut state = self.pool.state.borrow_mut();
+        state.buddy.shorten(self.page, self.order, order);
+        let line = order < self.order && !state.waiters.is_empty();
+        drop(state);
+        (self.order, self.len) = (order, len as u32);
+        if line {
+            self.pool.serve_waiters();
+        }
+    }
+
     /// Takes the pages out of use until the pool is gone: for a buffer that a device might still write although its
     /// operation has ended.
     pub fn quarantine(self) {

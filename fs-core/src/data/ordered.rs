@@ -161,20 +161,19 @@ impl Shard {
         self.fill_pages(inode, &partial).await?;
         let target = self.view(|batch| find_target(batch, inode.nr, &run)).await?;
         let run = run.start..run.end.min(run.start + target.pages);
-        let created = self.create(inode, run, target, buffer)?;
+        let (extent, buffer) = self.create(inode, run, target, buffer)?;
         drop(guard);
-        Ok(created.map(|(extent, buffer)| (extent, buffer, slot)))
+        Ok(Some((extent, buffer, slot)))
     }
 
-    /// The synchronous part: blocks, copies, checksums, page states. `None` if no buffer of the right length was to
-    /// be had just now.
+    /// The synchronous part: blocks, copies, checksums, page states.
     fn create(
         &self,
         inode: &Rc<Inode>,
         run: Range<u64>,
         target: Target,
-        buffer: DmaBuffer,
-    ) -> Result<Option<(Rc<OrderedExtent>, DmaBuffer)>, FsError> {
+        mut buffer: DmaBuffer,
+    ) -> Result<(Rc<OrderedExtent>, DmaBuffer), FsError> {
         let mut data = self.data_of(inode);
         let mut wanted = run.end - run.start;
         if target.preallocated.is_none() {
@@ -193,12 +192,8 @@ impl Shard {
             }
         };
         let pages = run.start..run.start + blocks;
-        let Some(mut buffer) = self.resize_buffer(buffer, blocks) else {
-            if place == Place::Fresh {
-                self.give_back_blocks(start, blocks);
-            }
-            return Ok(None);
-        };
+        // There may be less contiguous space than there are pages.
+        buffer.shorten(blocks as usize * PAGE_SIZE);
         let mut checksums = Vec::with_capacity(blocks as usize);
         for (at, (_, page)) in data.pages_in(pages.clone()).enumerate() {
             checksums.push(crc32c::crc32c(page.bytes()));
@@ -218,7 +213,7 @@ impl Shard {
         });
         data.ordered.push(Rc::clone(&extent));
         add(&self.data.ordered_pages, blocks);
-        Ok(Some((extent, buffer)))
+        Ok((extent, buffer))
     }
 
     /// Sees that blocks are promised for `wanted` dirty pages; after failures they may not be. Returns for how many.
@@ -234,16 +229,6 @@ impl Shard {
             }
         }
         data.promised_blocks()
-    }
-
-    /// A buffer of exactly `blocks` blocks, made of one that may be longer.
-    fn resize_buffer(&self, buffer: DmaBuffer, blocks: u64) -> Option<DmaBuffer> {
-        let bytes = blocks as usize * PAGE_SIZE;
-        if buffer.len() == bytes {
-            return Some(buffer);
-        }
-        drop(buffer);
-        self.ctx.disk().pool().try_alloc(bytes)
     }
 
     /// The asynchronous life of an ordered extent.

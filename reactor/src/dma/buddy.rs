@@ -110,6 +110,23 @@ impl Buddy {
         self.push(page, order);
     }
 
+    /// Gives back all of an allocated block but its first `1 << to` pages.
+    ///
+    /// # Panics
+    /// If `page` does not head an allocated block of `order`, or `to` is larger.
+    pub(super) fn shorten(&mut self, page: u32, order: u8, to: u8) {
+        assert!(
+            to <= order && self.state[page as usize] == PageState::Allocated(order),
+            "shortening of a block that is not allocated"
+        );
+        self.state[page as usize] = PageState::Allocated(to);
+        for half in to..order {
+            let upper = page + (1 << half);
+            self.state[upper as usize] = PageState::Allocated(half);
+            self.release(upper, half);
+        }
+    }
+
     /// Takes an allocated block out of use for ever.
     ///
     /// # Panics

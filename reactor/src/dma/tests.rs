@@ -52,6 +52,41 @@ fn access_beyond_the_length_is_refused_even_inside_the_page() {
 }
 
 #[test]
+fn shortened_buffer_keeps_its_beginning_and_gives_the_rest_back() {
+    let pool = pool(64);
+    let free = pool.available();
+    let mut buffer = pool.try_alloc(16 * PAGE_SIZE).unwrap();
+    buffer.fill(0, 16 * PAGE_SIZE, 7);
+    for pages in [16, 9, 8, 3, 1] {
+        buffer.shorten(pages * PAGE_SIZE);
+        assert_eq!(buffer.len(), pages * PAGE_SIZE);
+        assert_eq!(pool.available(), free - pages.next_power_of_two() * PAGE_SIZE);
+    }
+    buffer.shorten(512);
+    let mut byte = [0];
+    buffer.read_at(511, &mut byte);
+    assert_eq!((buffer.len(), byte), (512, [7]));
+    // What was given back is one piece again once the beginning follows.
+    drop(buffer);
+    assert_eq!(pool.available(), free);
+    assert!(pool.try_alloc(64 * PAGE_SIZE).is_some());
+}
+
+/// Write-back used to give its buffer back and ask for a shorter one. With somebody in line that failed, each took the
+/// other's turn, and on a full, fragmented volume nothing was written any more.
+#[test]
+fn shortening_does_not_stand_in_line_and_serves_who_does() {
+    let pool = pool(16);
+    let mut buffer = pool.try_alloc(16 * PAGE_SIZE).unwrap();
+    let mut waiting = pool.alloc(8 * PAGE_SIZE);
+    assert!(poll(&mut waiting).is_pending());
+    assert!(pool.try_alloc(PAGE_SIZE).is_none());
+    buffer.shorten(PAGE_SIZE);
+    assert_eq!(buffer.len(), PAGE_SIZE);
+    assert_eq!(ready(&mut waiting).len(), 8 * PAGE_SIZE);
+}
+
+#[test]
 fn dropped_buffer_comes_back() {
     let pool = pool(2);
     let buffer = pool.try_alloc(2 * PAGE_SIZE).unwrap();

@@ -431,6 +431,9 @@ pub enum Request {
     /// Makes a range share its blocks with another; all or nothing. Served by the shard of the target.
     /// → [`Reply::Cloned`]
     Clone(CloneRange),
+    /// As [`Request::Clone`], but only if the two ranges hold the same bytes already; neither size nor times change. Served
+    /// by the shard of the target. → [`Reply::Deduplicated`]
+    Deduplicate(CloneRange),
     /// `copy_file_range(2)`: shares what can be shared, copies what cannot; a length of 0 copies nothing. Served by the
     /// shard of the target. → [`Reply::Cloned`], of fewer bytes than asked for at the source's end and wherever the way
     /// of doing it changes; 0 only at the source's end.
@@ -509,6 +512,8 @@ pub enum Reply {
     Scrubbed(ScrubStep),
     /// Figures of a file's extents.
     Extents(ExtentSummary),
+    /// Whether two ranges were the same, and what they share now; `None` if they differ.
+    Deduplicated(Option<Cloned>),
     /// What was cloned or copied.
     Cloned(Cloned),
 }

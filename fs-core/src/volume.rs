@@ -354,7 +354,9 @@ impl Volume {
             Request::StatFs | Request::Sync { scope: SyncScope::Volume, .. } => ShardId::FIRST,
             Request::Link { new_parent, .. } => new_parent.shard(),
             Request::Scrub { shard, .. } => *shard,
-            Request::Clone(range) | Request::CopyRange(range) => range.target.shard(),
+            Request::Clone(range) | Request::Deduplicate(range) | Request::CopyRange(range) => {
+                range.target.shard()
+            }
             Request::Lookup { parent: inode, .. }
             | Request::Create { parent: inode, .. }
             | Request::Unlink { parent: inode, .. }

@@ -1,12 +1,13 @@
 //! Clones: two files, or two places of one, that share blocks.
 //!
-//! Owns: [`Shard::clone_range`] (FICLONERANGE and, where it can share, `copy_file_range(2)`), and what a crash or a
-//! failure in the middle of one leaves to do.
+//! Owns: [`Shard::clone_range`] (FICLONERANGE and, where it can share, `copy_file_range(2)`), [`Shard::deduplicate`]
+//! (FIDEDUPERANGE), and what a crash or a failure in the middle of one leaves to do.
 //!
 //! | step | holds | what |
 //! |---|---|---|
 //! | 1 | inode locks X, then mmap locks X, of both files in the order of their numbers | nobody changes size or contents |
 //! | 2 | the same | what was accepted before is applied; both ranges are written back, their ordered extents awaited |
+//! | 2½ | the same | deduplication only: both ranges are read from the device and compared |
 //! | 3 | and the target's range X, nothing of the source's | extents are shared, piece by piece |
 //! | 4 | inode and mmap locks | what the target had there is dropped, if it was much |
 //!
@@ -44,12 +45,16 @@ use crate::types::{BLOCK_SIZE, InodeNr};
 
 use super::apply::{MmapLock, load_regular};
 use super::extent_map::{
-    ItemBudget, SET_ASIDE_ITEMS, SHARE_ITEMS, drop_range, next_extent, set_aside, share,
+    ItemBudget, SET_ASIDE_ITEMS, SHARE_ITEMS, data_segments, drop_range, next_extent, set_aside, share,
 };
 use super::file::pages_of;
+use super::page::PAGE_SIZE;
 
 /// Items of one transaction of a clone, the inode and the intent not counted.
 const SLICE_ITEMS: u32 = 96;
+
+/// Bytes that a deduplication compares at once.
+const COMPARED_AT_ONCE: u64 = 1 << 20;
 
 /// Items of a transaction that drops what was set aside.
 const DROP_ITEMS: ItemBudget = ItemBudget::new(4 * ItemBudget::ONE_STEP.get());
@@ -60,9 +65,19 @@ const HEAD_ITEMS: u32 = 3;
 /// Times that data written meanwhile is written back again before the clone gives up.
 const FLUSH_ROUNDS: u32 = 8;
 
+/// Why blocks are shared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// The target becomes what the source is.
+    Clone,
+    /// They are the same already.
+    Deduplicate,
+}
+
 /// A clone whose ranges are known to fit both files, in whole blocks.
 #[derive(Clone, Debug)]
 struct Job {
+    purpose: Purpose,
     source: InodeNr,
     /// First byte of the source.
     from: u64,
@@ -106,12 +121,29 @@ impl Shard {
     /// are of different shards; [`FsError::FileTooLarge`]; what the inodes are; [`FsError::NoSpace`]; failures of the
     /// device. Nothing has changed then.
     pub(crate) async fn clone_range(self: &Rc<Self>, clone: CloneRange) -> Result<Cloned, FsError> {
+        let cloned = self.share_blocks(clone, Purpose::Clone).await?;
+        Ok(cloned.unwrap_or_default())
+    }
+
+    /// Lets two ranges that hold the same bytes share their blocks; `None` if they differ.
+    ///
+    /// # Errors
+    /// As of [`clone_range`](Self::clone_range); [`FsError::Invalid`] also for ranges that reach beyond the target's end.
+    pub(crate) async fn deduplicate(self: &Rc<Self>, range: CloneRange) -> Result<Option<Cloned>, FsError> {
+        self.share_blocks(range, Purpose::Deduplicate).await
+    }
+
+    async fn share_blocks(
+        self: &Rc<Self>,
+        clone: CloneRange,
+        purpose: Purpose,
+    ) -> Result<Option<Cloned>, FsError> {
         if clone.source.shard() != self.id || clone.target.shard() != self.id {
             return Err(FsError::NotSupported);
         }
         let source = self.inode(clone.source);
         let target = self.inode(clone.target);
-        let outcome = self.clone_between(&source, &target, &clone).await;
+        let outcome = self.clone_between(&source, &target, &clone, purpose).await;
         drop((source, target));
         self.release_inode(clone.source);
         self.release_inode(clone.target);
@@ -123,14 +155,18 @@ impl Shard {
         source: &Rc<Inode>,
         target: &Rc<Inode>,
         clone: &CloneRange,
-    ) -> Result<Cloned, FsError> {
+        purpose: Purpose,
+    ) -> Result<Option<Cloned>, FsError> {
         let locks = self.lock_for_clone(source, target).await;
         self.drain();
         self.apply_pending(source, &locks.order, MmapLock::Held).await?;
         self.apply_pending(target, &locks.order, MmapLock::Held).await?;
-        let Some(job) = self.plan_job(source, target, clone).await? else {
-            return Ok(Cloned { bytes: 0, extents: 0 });
+        let Some(job) = self.plan_job(source, target, clone, purpose).await? else {
+            return Ok(Some(Cloned::default()));
         };
+        if purpose == Purpose::Deduplicate && !self.is_same(source, target, &job).await? {
+            return Ok(None);
+        }
         let range = self.lock_for_sharing(source, target, &job, &locks.order).await?;
         let extents = self.share_range(target, &job).await?;
         drop(range);
@@ -138,7 +174,43 @@ impl Shard {
             // The clone stands; the next one to this file, or the next mount, tries again.
             tracing::warn!(inode = %target.nr, %error, "what a clone replaced is not dropped yet");
         }
-        Ok(Cloned { bytes: job.end - job.range.start, extents })
+        Ok(Some(Cloned { bytes: job.end - job.range.start, extents }))
+    }
+
+    /// Whether both ranges hold the same bytes. They are written back first; what is accepted meanwhile is applied
+    /// after the locks are given back.
+    async fn is_same(
+        self: &Rc<Self>,
+        source: &Rc<Inode>,
+        target: &Rc<Inode>,
+        job: &Job,
+    ) -> Result<bool, FsError> {
+        self.flush_range(source, &job.source_range(&job.range)).await?;
+        self.flush_range(target, &job.range).await?;
+        let mut at = job.range.start;
+        while at < job.range.end {
+            let piece = at..job.range.end.min(at + COMPARED_AT_ONCE);
+            let left = self.bytes_on_device(source.nr, &job.source_range(&piece)).await?;
+            let right = self.bytes_on_device(target.nr, &piece).await?;
+            if left != right {
+                return Ok(false);
+            }
+            at = piece.end;
+        }
+        Ok(true)
+    }
+
+    /// What the device has of a range of whole blocks, verified.
+    async fn bytes_on_device(&self, inode: InodeNr, range: &Range<u64>) -> Result<Vec<u8>, FsError> {
+        let segments = self.view(|batch| data_segments(batch, inode, range.clone())).await?;
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        let first = range.start / BLOCK_SIZE;
+        self.read_segments(inode, &segments, |index, page| {
+            let at = (index - first) as usize * PAGE_SIZE;
+            bytes[at..at + PAGE_SIZE].copy_from_slice(page);
+        })
+        .await?;
+        Ok(bytes)
     }
 
     async fn lock_for_clone(&self, source: &Rc<Inode>, target: &Rc<Inode>) -> CloneLocks {
@@ -163,6 +235,7 @@ impl Shard {
         source: &Inode,
         target: &Inode,
         clone: &CloneRange,
+        purpose: Purpose,
     ) -> Result<Option<Job>, FsError> {
         let (from, to) = (clone.source_offset.get(), clone.target_offset.get());
         let (source_record, target_record) =
@@ -177,16 +250,21 @@ impl Shard {
         let source_end = source_end.ok_or(FsError::Invalid)?;
         let target_end = to.checked_add(length).filter(|end| *end <= MAX_FILE_SIZE);
         let target_end = target_end.ok_or(FsError::FileTooLarge)?;
-        let at_end = source_end == source_size && target_end >= target_size;
+        let at_end = source_end == source_size
+            && match purpose {
+                Purpose::Clone => target_end >= target_size,
+                Purpose::Deduplicate => target_end == target_size,
+            };
         let aligned = from.is_multiple_of(BLOCK_SIZE)
             && to.is_multiple_of(BLOCK_SIZE)
             && (length.is_multiple_of(BLOCK_SIZE) || at_end);
         let overlap = source.nr == target.nr && from < target_end && to < source_end;
-        if !aligned || overlap {
+        let beyond = purpose == Purpose::Deduplicate && target_end > target_size;
+        if !aligned || overlap || beyond {
             return Err(FsError::Invalid);
         }
         let range = to..target_end.next_multiple_of(BLOCK_SIZE);
-        let job = Job { source: source.nr, from, target: target.nr, range, end: target_end };
+        let job = Job { purpose, source: source.nr, from, target: target.nr, range, end: target_end };
         Ok((length > 0).then_some(job))
     }
 
@@ -416,8 +494,10 @@ fn end_record(batch: &Batch<'_>, target: &Inode, job: &Job, record: &mut InodeRe
     let data = target.data.borrow();
     record.size = data.size_on_device(record.size, job.range.end).max(job.end);
     data.unsynced.fold_into(record);
-    record.modified = batch.now();
-    record.changed = batch.now();
+    if job.purpose == Purpose::Clone {
+        record.modified = batch.now();
+        record.changed = batch.now();
+    }
     Ended { size: record.size, version: data.unsynced.version }
 }
 

@@ -112,6 +112,7 @@ impl Shard {
             }
             Request::CountExtents { inode } => self.count_extents(inode).await.map(Reply::Extents),
             Request::Clone(range) => self.clone_range(range).await.map(Reply::Cloned),
+            Request::Deduplicate(range) => self.deduplicate(range).await.map(Reply::Deduplicated),
             Request::CopyRange(range) => self.copy_range(range).await.map(Reply::Cloned),
             Request::Seek { inode, offset, what } => self.seek(inode, offset, what).await.map(Reply::Offset),
             _ => Err(FsError::NotSupported),

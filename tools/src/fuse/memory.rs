@@ -224,6 +224,7 @@ impl State {
             Request::Allocate { .. }
             | Request::Seek { .. }
             | Request::Clone(_)
+            | Request::Deduplicate(_)
             | Request::CopyRange(_)
             | Request::CountExtents { .. }
             | Request::Scrub { .. } => Err(FsError::NotSupported),

@@ -101,6 +101,8 @@ pub(super) struct Client {
     pub(super) refused: u64,
     lookups: BTreeMap<NodeId, u64>,
     rng: Rng,
+    /// The last copy: source, its offset, target, its offset, length.
+    copied: Option<(NodeId, u64, NodeId, u64, u64)>,
 }
 
 impl Client {
@@ -126,6 +128,7 @@ impl Client {
             refused: 0,
             lookups: BTreeMap::from([(TOP, 1)]),
             rng: Rng::new(seed ^ (number as u64 + 1) << 40),
+            copied: None,
         }
     }
 
@@ -226,7 +229,7 @@ impl Client {
             | Op::RemoveDirectory { parent, .. }
             | Op::Rename { parent, .. } => vec![*parent],
             Op::Link { node, parent, .. } => vec![*node, *parent],
-            Op::Copy { source, node, .. } => vec![*source, *node],
+            Op::Copy { source, node, .. } | Op::Deduplicate { source, node, .. } => vec![*source, *node],
             Op::Write { node, .. }
             | Op::Truncate { node, .. }
             | Op::Allocate { node, .. }
@@ -276,15 +279,19 @@ impl Client {
                 return write_all(&self.volume, self.inodes[node], *offset, data).await.map(|()| None);
             }
             Op::Copy { source, from, node, offset, length } => {
-                let range = CloneRange {
-                    source: self.inodes[source],
-                    source_offset: FileOffset::new(*from),
-                    target: self.inodes[node],
-                    target_offset: FileOffset::new(*offset),
-                    // A copy that makes its own source longer would go on there.
-                    length: (*length).min(self.model.node(*source).contents.size.saturating_sub(*from)),
-                };
+                let mut range = self.range(*source, *from, *node, *offset);
+                // A copy that makes its own source longer would go on there.
+                range.length = (*length).min(self.model.node(*source).contents.size.saturating_sub(*from));
                 return copy_all(&self.volume, range).await.map(|()| None);
+            }
+            Op::Deduplicate { source, from, node, offset, length } => {
+                let mut range = self.range(*source, *from, *node, *offset);
+                range.length = *length;
+                return match self.volume.call(Request::Deduplicate(range)).await {
+                    Ok(Reply::Deduplicated(_)) | Err(FsError::Invalid | FsError::NotSupported) => Ok(None),
+                    Ok(other) => panic!("{op:?}: {other:?}"),
+                    Err(error) => Err(error),
+                };
             }
             _ => self.request(op),
         };
@@ -292,6 +299,16 @@ impl Client {
             Reply::Entry(attributes) | Reply::Attributes(attributes) => Ok(Some(attributes)),
             Reply::Done => Ok(None),
             other => panic!("{op:?}: {other:?}"),
+        }
+    }
+
+    fn range(&self, source: NodeId, from: u64, node: NodeId, offset: u64) -> CloneRange {
+        CloneRange {
+            source: self.inodes[&source],
+            source_offset: FileOffset::new(from),
+            target: self.inodes[&node],
+            target_offset: FileOffset::new(offset),
+            length: 0,
         }
     }
 
@@ -356,7 +373,9 @@ impl Client {
             Op::Forget { node } => {
                 Request::Forget { inode: at(node), lookups: self.lookups.get(node).copied().unwrap_or(0) }
             }
-            Op::Write { .. } | Op::Copy { .. } => unreachable!("these have ways of their own"),
+            Op::Write { .. } | Op::Copy { .. } | Op::Deduplicate { .. } => {
+                unreachable!("these have ways of their own")
+            }
         }
     }
 
@@ -364,9 +383,9 @@ impl Client {
     async fn check_after(&mut self, op: &Op, before: &Model) -> Ending {
         let checked = match op {
             Op::Write { node, offset, data } => self.check_range(*node, *offset, data.len() as u64).await,
-            Op::Allocate { node, offset, length, .. } | Op::Copy { node, offset, length, .. } => {
-                self.check_range(*node, *offset, *length).await
-            }
+            Op::Allocate { node, offset, length, .. }
+            | Op::Copy { node, offset, length, .. }
+            | Op::Deduplicate { node, offset, length, .. } => self.check_range(*node, *offset, *length).await,
             Op::Truncate { node, size } => self.check_range(*node, *size, BLOCK_SIZE).await,
             Op::SetXattr { node, name, .. } | Op::RemoveXattr { node, name } => {
                 self.check_xattr(*node, name).await
@@ -687,6 +706,15 @@ impl Client {
             1 => (from, offset, length) = (0, 0, 1 << 20),
             _ => (from, offset, length) = (block(from), block(offset), length.next_multiple_of(BLOCK_SIZE)),
         }
+        if self.rng.below(4) == 0 {
+            // Of what was copied last, the most is still the same.
+            let (source, from, node, offset, length) = self.copied?;
+            if !(files.contains(&source) && files.contains(&node)) {
+                return None;
+            }
+            return Some(Op::Deduplicate { source, from, node, offset, length });
+        }
+        self.copied = Some((source, from, node, offset, length));
         Some(Op::Copy { source, from, node, offset, length })
     }
 

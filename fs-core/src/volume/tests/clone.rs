@@ -9,7 +9,7 @@ use super::crash::Collector;
 use super::history::History;
 use super::world::{Shape, fsck, prepared};
 use super::*;
-use crate::request::{AllocateMode, CloneRange, Cloned, SpaceReport};
+use crate::request::{AllocateMode, AttributeChange, CloneRange, Cloned, SpaceReport};
 use crate::types::BLOCK_SIZE;
 
 fn shape() -> Shape {
@@ -53,6 +53,13 @@ async fn clone(volume: &Volume, range: CloneRange) -> Result<Cloned, FsError> {
     }
 }
 
+async fn deduplicate(volume: &Volume, range: CloneRange) -> Result<Option<Cloned>, FsError> {
+    match volume.call(Request::Deduplicate(range)).await? {
+        Reply::Deduplicated(outcome) => Ok(outcome),
+        other => panic!("deduplicate: {other:?}"),
+    }
+}
+
 async fn space(volume: &Volume) -> SpaceReport {
     match volume.call(Request::StatFs).await {
         Ok(Reply::Space(space)) => space,
@@ -60,9 +67,13 @@ async fn space(volume: &Volume) -> SpaceReport {
     }
 }
 
-async fn unlink(volume: &Volume, name: &str, inode: InodeNr) {
+async fn unlink_name(volume: &Volume, name: &str) {
     let unlinked = volume.call(Request::Unlink { parent: Volume::ROOT, name: name.as_bytes().into() }).await;
     assert_eq!(unlinked, Ok(Reply::Done));
+}
+
+async fn unlink(volume: &Volume, name: &str, inode: InodeNr) {
+    unlink_name(volume, name).await;
     assert_eq!(volume.call(Request::Forget { inode, lookups: 1 }).await, Ok(Reply::Done));
 }
 
@@ -106,10 +117,7 @@ fn clone_shares_its_blocks_until_one_side_writes() {
         for _ in 0..4 {
             write(volume, create(volume, Volume::ROOT, "x", NewInode::Regular).await.inode, 0, b"x").await;
             sync(volume).await;
-            assert_eq!(
-                volume.call(Request::Unlink { parent: Volume::ROOT, name: (*b"x").into() }).await,
-                Ok(Reply::Done)
-            );
+            unlink_name(volume, "x").await;
         }
         let end = space(volume).await;
         assert!(
@@ -158,6 +166,54 @@ fn ranges_holes_and_preallocation_are_cloned_as_they_read() {
         expected.resize(70 * 4096, 0);
         expected.extend(copy);
         assert_eq!(read(volume, target, 0, 1 << 20).await, expected);
+        volume.unmount().await.unwrap();
+    };
+    shape.mounted(&disk, 1, run).unwrap();
+    fsck(&shape, &disk).unwrap();
+}
+
+#[test]
+fn only_what_is_the_same_is_deduplicated() {
+    let shape = shape();
+    let disk = shape.formatted();
+    let run = async |_: &Context, volume: &Volume| {
+        let blocks = 1000;
+        let contents = &patterns(3, blocks)[..blocks as usize * 4096 - 7];
+        let source = create(volume, Volume::ROOT, "source", NewInode::Regular).await.inode;
+        let target = alternating(volume, "target", 3, blocks).await;
+        write(volume, source, 0, contents).await;
+        let shorter = AttributeChange { size: Some(contents.len() as u64), ..AttributeChange::default() };
+        volume.call(Request::SetAttributes { inode: target, change: shorter }).await.unwrap();
+        sync(volume).await;
+        let before = (space(volume).await, lookup(volume, Volume::ROOT, "target").await.unwrap());
+        let same = deduplicate(volume, whole(source, target)).await.unwrap().expect("they are the same");
+        assert_eq!(same.bytes, contents.len() as u64);
+        for _ in 0..3 {
+            write(volume, create(volume, Volume::ROOT, "x", NewInode::Regular).await.inode, 0, b"x").await;
+            unlink_name(volume, "x").await;
+            sync(volume).await;
+        }
+        let after = (space(volume).await, lookup(volume, Volume::ROOT, "target").await.unwrap());
+        assert!(after.0.free > before.0.free + blocks - 100, "{before:?} {after:?}");
+        assert_eq!((after.1.modified, after.1.size), (before.1.modified, before.1.size));
+        assert_eq!(read(volume, target, 0, 1 << 24).await, contents);
+
+        // One byte, on the device or only accepted so far, and nothing is shared.
+        for (offset, synced) in [(700 * 4096 + 9, true), (3, false)] {
+            write(volume, source, offset, b"!").await;
+            if synced {
+                sync(volume).await;
+            }
+            assert_eq!(deduplicate(volume, whole(source, target)).await, Ok(None));
+        }
+        assert_eq!(read(volume, target, 0, 1 << 24).await, contents);
+        // Beyond the target's end there is nothing to compare with.
+        let beyond = CloneRange {
+            target_offset: FileOffset::new(blocks * 4096),
+            length: 4096,
+            ..whole(source, target)
+        };
+        assert_eq!(deduplicate(volume, beyond).await, Err(FsError::Invalid));
         volume.unmount().await.unwrap();
     };
     shape.mounted(&disk, 1, run).unwrap();

@@ -277,6 +277,7 @@ fn alphabet() -> Vec<Op> {
         bytes(7, FILE, 20 * 4096, 300),
         Op::Copy { source: FILE, from: 0, node: OLD, offset: 0, length: 1 << 20 },
         Op::Copy { source: FILE, from: 4096, node: FILE, offset: 8 * 4096, length: 2 * 4096 },
+        Op::Deduplicate { source: FILE, from: 4096, node: FILE, offset: 8 * 4096, length: 2 * 4096 },
         Op::Copy { source: UNSAVED, from: 0, node: FILE, offset: 4096, length: 4096 },
         Op::Truncate { node: FILE, size: 5000 },
         Op::Truncate { node: FILE, size: 0 },

@@ -131,88 +131,27 @@ pub(super) enum Made {
     Fifo,
 }
 
-/// Something that changes a tree, or makes changes durable.
+/// Something that changes a tree, or makes changes durable. A copy is repeated until everything is copied; where two
+/// ranges differ, or cannot share, a deduplication does nothing.
 #[derive(Clone, Debug)]
 pub(super) enum Op {
-    Create {
-        parent: NodeId,
-        name: String,
-        made: Made,
-        permissions: u16,
-    },
-    Link {
-        node: NodeId,
-        parent: NodeId,
-        name: String,
-    },
-    Unlink {
-        parent: NodeId,
-        name: String,
-    },
-    RemoveDirectory {
-        parent: NodeId,
-        name: String,
-    },
-    Rename {
-        parent: NodeId,
-        name: String,
-        new_parent: NodeId,
-        new_name: String,
-        mode: RenameMode,
-    },
-    Write {
-        node: NodeId,
-        offset: u64,
-        data: Rc<[u8]>,
-    },
-    Truncate {
-        node: NodeId,
-        size: u64,
-    },
-    Allocate {
-        node: NodeId,
-        offset: u64,
-        length: u64,
-        mode: AllocateMode,
-    },
-    /// copy_file_range, repeated until everything is copied.
-    Copy {
-        source: NodeId,
-        from: u64,
-        node: NodeId,
-        offset: u64,
-        length: u64,
-    },
-    SetOwner {
-        node: NodeId,
-        permissions: u16,
-        uid: u32,
-    },
-    SetTimes {
-        node: NodeId,
-        accessed: i64,
-        modified: i64,
-    },
-    SetXattr {
-        node: NodeId,
-        name: String,
-        value: Vec<u8>,
-        mode: SetXattrMode,
-    },
-    RemoveXattr {
-        node: NodeId,
-        name: String,
-    },
-    Sync {
-        node: NodeId,
-        scope: SyncScope,
-    },
-    Flush {
-        node: NodeId,
-    },
-    Forget {
-        node: NodeId,
-    },
+    Create { parent: NodeId, name: String, made: Made, permissions: u16 },
+    Link { node: NodeId, parent: NodeId, name: String },
+    Unlink { parent: NodeId, name: String },
+    RemoveDirectory { parent: NodeId, name: String },
+    Rename { parent: NodeId, name: String, new_parent: NodeId, new_name: String, mode: RenameMode },
+    Write { node: NodeId, offset: u64, data: Rc<[u8]> },
+    Truncate { node: NodeId, size: u64 },
+    Allocate { node: NodeId, offset: u64, length: u64, mode: AllocateMode },
+    Copy { source: NodeId, from: u64, node: NodeId, offset: u64, length: u64 },
+    Deduplicate { source: NodeId, from: u64, node: NodeId, offset: u64, length: u64 },
+    SetOwner { node: NodeId, permissions: u16, uid: u32 },
+    SetTimes { node: NodeId, accessed: i64, modified: i64 },
+    SetXattr { node: NodeId, name: String, value: Vec<u8>, mode: SetXattrMode },
+    RemoveXattr { node: NodeId, name: String },
+    Sync { node: NodeId, scope: SyncScope },
+    Flush { node: NodeId },
+    Forget { node: NodeId },
 }
 
 /// A directory tree.
@@ -326,7 +265,7 @@ impl Model {
                 self.edit(*node).xattrs.remove(name);
                 Ok(())
             }
-            Op::Sync { .. } | Op::Flush { .. } | Op::Forget { .. } => Ok(()),
+            Op::Deduplicate { .. } | Op::Sync { .. } | Op::Flush { .. } | Op::Forget { .. } => Ok(()),
         }
     }
 

@@ -30,9 +30,9 @@ pub(crate) struct PlantedOptions {
     /// Print the bugs and stop
     #[arg(long)]
     list: bool,
-    /// Only the bug of this name
-    #[arg(long)]
-    only: Option<String>,
+    /// Only the bugs of these names
+    #[arg(long, value_name = "NAME")]
+    only: Vec<String>,
 }
 
 /// A test program and what it is told.
@@ -47,21 +47,25 @@ struct Trial {
 }
 
 /// Which build a program comes from.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Build {
-    Ordinary,
-    /// With `--cfg loom`.
+    Tests,
+    /// Tests, with `--cfg loom`.
     Models,
+}
+
+impl Build {
+    const ALL: [Self; 2] = [Self::Tests, Self::Models];
 }
 
 /// Time that a trial is given with a bug: this much, and as many times what it takes without.
 const PATIENCE: (Duration, u32) = (Duration::from_secs(30), 10);
 /// Pause between two looks at a running trial.
-const LOOK: Duration = Duration::from_millis(20);
+const LOOK: Duration = Duration::from_millis(100);
 
 const FAULTS: Trial = Trial {
     name: "fault table",
-    build: Build::Ordinary,
+    build: Build::Tests,
     program: ("nvme", "faults"),
     arguments: &[],
     environment: &[],
@@ -109,16 +113,14 @@ pub(crate) fn run(steps: &mut Steps, options: &PlantedOptions) {
         }
         return;
     }
-    let bugs: Vec<Bug> = match &options.only {
-        None => Bug::ALL.to_vec(),
-        Some(name) => match Bug::named(name) {
-            Some(bug) => vec![bug],
-            None => {
-                steps.fail("planted bugs", &format!("there is no bug `{name}`; --list shows them"));
-                return;
-            }
-        },
-    };
+    let mut bugs = if options.only.is_empty() { Bug::ALL.to_vec() } else { Vec::new() };
+    for name in &options.only {
+        let Some(bug) = Bug::named(name) else {
+            steps.fail("planted bugs", &format!("there is no bug `{name}`; --list shows them"));
+            return;
+        };
+        bugs.push(bug);
+    }
     steps.check("planted bugs", |root| {
         let mut missed = Vec::new();
         let verdict = plant(root, &bugs, &mut missed);
@@ -136,11 +138,15 @@ fn plant(root: &Path, bugs: &[Bug], missed: &mut Vec<String>) -> anyhow::Result<
         .into_iter()
         .filter(|net| bugs.iter().any(|bug| bug.net() == *net))
         .collect();
-    let needed = |build| nets.iter().any(|net| trials(*net).iter().any(|trial| trial.build == build));
+    let all: Vec<Trial> = nets.iter().flat_map(|net| trials(*net)).collect();
     let mut programs = Programs::default();
-    for build in [Build::Ordinary, Build::Models] {
-        if needed(build) {
-            programs.build(root, build)?;
+    for build in Build::ALL {
+        let mut packages: Vec<&str> =
+            all.iter().filter(|trial| trial.build == build).map(|trial| trial.program.0).collect();
+        packages.sort_unstable();
+        packages.dedup();
+        if !packages.is_empty() {
+            programs.build(root, build, &packages)?;
         }
     }
     let mut ready = Vec::new();
@@ -184,7 +190,7 @@ fn plant(root: &Path, bugs: &[Bug], missed: &mut Vec<String>) -> anyhow::Result<
 
 /// The programs that were built, by build, package and target.
 #[derive(Default)]
-struct Programs(BTreeMap<(bool, String, String), PathBuf>);
+struct Programs(BTreeMap<(Build, String, String), PathBuf>);
 
 /// What cargo says of one thing that it built.
 #[derive(Deserialize)]
@@ -206,13 +212,15 @@ struct Profile {
 }
 
 impl Programs {
-    fn build(&mut self, root: &Path, build: Build) -> anyhow::Result<()> {
+    fn build(&mut self, root: &Path, build: Build, packages: &[&str]) -> anyhow::Result<()> {
         let mut command = cargo(root);
         command.args(["test", "--no-run", "--quiet", "--locked", "--message-format", "json"]);
         match build {
-            Build::Ordinary => {
-                command.args(["--package", "nvme", "--package", "fs-core", "--lib", "--tests"]);
-                command.args(["--features", "nvme/planted,fs-core/planted"]);
+            Build::Tests => {
+                command.args(["--lib", "--tests"]);
+                for package in packages {
+                    command.args(["--package", package, "--features", &format!("{package}/planted")]);
+                }
             }
             Build::Models => models::choose(&mut command, root),
         }
@@ -223,7 +231,7 @@ impl Programs {
             let is_test = artifact.profile.is_some_and(|profile| profile.test);
             if let Some(path) = artifact.executable.filter(|_| is_test) {
                 let package = package_name(&artifact.package_id).to_owned();
-                self.0.insert((build == Build::Models, package, artifact.target.name), path);
+                self.0.insert((build, package, artifact.target.name), path);
             }
         }
         Ok(())
@@ -231,9 +239,9 @@ impl Programs {
 
     fn find(&self, trial: &Trial) -> anyhow::Result<&Path> {
         let (package, target) = trial.program;
-        let key = (trial.build == Build::Models, package.to_owned(), target.to_owned());
+        let key = (trial.build, package.to_owned(), target.to_owned());
         let path = self.0.get(&key);
-        path.map(PathBuf::as_path).with_context(|| format!("{package} has no test program {target}"))
+        path.map(PathBuf::as_path).with_context(|| format!("{package} has no program {target}"))
     }
 }
 
@@ -277,13 +285,22 @@ fn run_trial(
         if let Some(status) = child.try_wait().context("cannot wait for a trial")? {
             return Ok(Ended { passed: status.success(), hung: false, took: started.elapsed() });
         }
-        if limit.is_some_and(|limit| started.elapsed() > limit) {
+        let failed = has_failed(log)?;
+        let hung = limit.is_some_and(|limit| started.elapsed() > limit);
+        if failed || hung {
             child.kill().context("cannot end a trial")?;
             child.wait().context("cannot wait for a trial")?;
-            return Ok(Ended { passed: false, hung: true, took: started.elapsed() });
+            return Ok(Ended { passed: false, hung: !failed, took: started.elapsed() });
         }
         std::thread::sleep(LOOK);
     }
+}
+
+/// Whether a test in it has failed already: the others need not be waited for, and may wait for ever.
+fn has_failed(log: &Path) -> anyhow::Result<bool> {
+    let text = fs::read(log).with_context(|| format!("cannot read {}", log.display()))?;
+    let failed = |line: &str| line.starts_with("test ") && line.ends_with(" FAILED");
+    Ok(String::from_utf8_lossy(&text).lines().any(failed))
 }
 
 #[cfg(test)]
@@ -303,6 +320,17 @@ mod tests {
             assert!(!trials.is_empty(), "{}", bug.name());
             assert!(trials.iter().all(|trial| !trial.arguments.iter().any(|it| it.contains("planted"))));
         }
+    }
+
+    #[test]
+    fn a_trial_is_over_once_a_test_in_it_has_failed() {
+        let arguments = &["-c", "echo 'test one ... ok'; echo 'test two ... FAILED'; exec sleep 60"];
+        let trial = Trial { program: ("tools", "sh"), arguments, ..FAULTS };
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let log = std::env::temp_dir().join(format!("pollux-failing-trial-{}", std::process::id()));
+        let ended = run_trial(&root, &trial, Path::new("sh"), None, None, &log).unwrap();
+        fs::remove_file(&log).unwrap();
+        assert!(!ended.hung && !ended.passed);
     }
 
     #[test]

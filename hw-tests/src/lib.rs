@@ -6,6 +6,8 @@
 //! | [`suite`] | the cases that run unchanged on every device, and those that bring a machine of their own |
 //! | [`guest`] | a QEMU guest with the real VFIO, and what must hold in it |
 //! | [`runner`] | a child process with a deadline for each case |
+//! | [`stream`] | a program that prints a line for each case, read as it runs |
+//! | [`tiers`] | which devices the suite runs on |
 //! | [`report`] | what a case printed, and the table device × suite × result |
 //!
 //! Excludes: what only the embedded controller can do (`nvme/tests`, `nvme/emulator`).
@@ -14,6 +16,8 @@ pub mod guest;
 mod harness;
 pub mod report;
 pub mod runner;
+pub mod stream;
 pub mod suite;
+pub mod tiers;
 
 pub use harness::*;

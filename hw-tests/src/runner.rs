@@ -128,7 +128,7 @@ fn end_group(child: &mut Child) {
 }
 
 /// Detaches what is mounted below `directory`, the innermost first.
-fn unmount_below(directory: &Path) {
+pub fn unmount_below(directory: &Path) {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
     let mut points: Vec<PathBuf> = points.filter(|point| point.starts_with(directory)).collect();

@@ -8,12 +8,14 @@
 //! | [`runner`] | a child process with a deadline for each case |
 //! | [`stream`] | a program that prints a line for each case, read as it runs |
 //! | [`tiers`] | which devices the suite runs on |
+//! | [`qemu`] | QEMU's NVMe controller without a guest: the machine, its configurations, the cases that only it makes possible |
 //! | [`report`] | what a case printed, and the table device × suite × result |
 //!
 //! Excludes: what only the embedded controller can do (`nvme/tests`, `nvme/emulator`).
 
 pub mod guest;
 mod harness;
+pub mod qemu;
 pub mod report;
 pub mod runner;
 pub mod stream;

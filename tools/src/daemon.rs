@@ -97,13 +97,26 @@ impl Daemon {
     /// # Errors
     /// What could not be put together, or not be written at the end.
     pub fn run(self, signals: &Signals, announce: impl FnOnce(&Ready<'_>)) -> Result<(), Failure> {
-        end_with_first_panic();
         let cores = match &self.cores {
             Some(cores) => cores.ids().to_vec(),
             None => device::default_cores(),
         };
         let queue = QueueOptions { latency: LatencyRecording::On, ..QueueOptions::default() };
         let device = Device::start(&self.device, &cores, self.config.reactor(), queue)?;
+        self.run_on(device, signals, announce)
+    }
+
+    /// [`Self::run`] on a device that is open already; it is stopped at the end.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn run_on(
+        self,
+        device: Device,
+        signals: &Signals,
+        announce: impl FnOnce(&Ready<'_>),
+    ) -> Result<(), Failure> {
+        end_with_first_panic();
         let outcome = self.serve(&device, signals, announce);
         let stopped = device.stop();
         outcome.and(stopped)

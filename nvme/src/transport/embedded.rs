@@ -6,9 +6,10 @@
 //!
 //! Excludes: how the controller is configured, which whoever makes it decides.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nvme_emulator::{EmulatedController, MappedRegion, VectorMask};
 use reactor::dma::{DmaRegion, PAGE_SIZE};
 use vm_memory::{MmapRegion, VolatileSlice};
@@ -19,12 +20,23 @@ use super::{Listen, Transport, TransportError};
 pub struct EmbeddedTransport {
     controller: Arc<EmulatedController>,
     name: String,
+    /// `None` if the system gave no descriptor: then only register reads tell that the device is gone.
+    removal: Option<EventFd>,
 }
 
 impl EmbeddedTransport {
     /// A transport to `controller`, named `name` in messages.
     pub fn new(controller: Arc<EmulatedController>, name: impl Into<String>) -> Self {
-        Self { controller, name: name.into() }
+        let removal = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).ok();
+        Self { controller, name: name.into(), removal }
+    }
+
+    /// Asks for the device back, as a kernel does that wants to unbind its driver.
+    pub fn request_removal(&self) {
+        if let Some(removal) = &self.removal {
+            // Fails only if the counter is full: then it is readable.
+            let _ = removal.write(1);
+        }
     }
 
     /// The controller behind it.
@@ -107,6 +119,10 @@ impl Transport for EmbeddedTransport {
         };
         // Fails for a vector that does not exist only, and then it was never connected.
         let _ = self.controller.mask_interrupt(vector, mask);
+    }
+
+    fn removal_event(&self) -> Option<BorrowedFd<'_>> {
+        self.removal.as_ref().map(AsFd::as_fd)
     }
 
     fn reset_function(&self) -> Result<(), TransportError> {

@@ -12,7 +12,7 @@ use thiserror::Error;
 
 use crate::bring_up::BringUpError;
 use crate::controller::{Controller, ControllerOptions, Keeper, Recovery};
-use crate::spec_string::{DeviceSpec, EmulatedBacking, EmulatedMode, EmulatedSpec, Target};
+use crate::spec_string::{DeviceSpec, EmulatedBacking, EmulatedMode, EmulatedSpec, Target, namespace_path};
 use crate::transport::embedded::EmbeddedTransport;
 use crate::transport::qtest::{self, QtestError, QtestTransport};
 use crate::transport::vfio::{VfioError, VfioTransport};
@@ -112,9 +112,23 @@ pub fn emulator_config(spec: &EmulatedSpec, device: &DeviceSpec) -> ControllerCo
             (Backing::File { path: path.clone(), create }, EmulatedMode::Threaded)
         }
     };
-    let mut namespace = NamespaceConfig::new(spec.size, backing);
+    let metadata = spec.metadata.unwrap_or(0);
+    let mut namespace = NamespaceConfig::new(spec.size, backing).with_metadata(metadata);
     namespace.lba_size = spec.lba.map(crate::spec_string::LbaSize::bytes);
+    let lba_size = namespace.lba_size;
     let mut config = ControllerConfig::with_namespace(namespace);
+    for (nsid, size) in &spec.more_namespaces {
+        let backing = match &spec.backing {
+            EmulatedBacking::Memory => Backing::Memory,
+            EmulatedBacking::File(first) => {
+                Backing::File { path: namespace_path(first, *nsid), create: CreateMode::OpenOrCreate }
+            }
+        };
+        let mut namespace =
+            NamespaceConfig::new(Some(*size), backing).with_nsid(nsid.get()).with_metadata(metadata);
+        namespace.lba_size = lba_size;
+        config.namespaces.push(namespace);
+    }
     // Nothing can complete later on the caller's thread.
     let default_mode = if spec.latency.is_some() { EmulatedMode::Threaded } else { default_mode };
     config.mode = match spec.mode.unwrap_or(default_mode) {
@@ -125,6 +139,67 @@ pub fn emulator_config(spec: &EmulatedSpec, device: &DeviceSpec) -> ControllerCo
     };
     config.latency = spec.latency.map(LatencyModel::uniform);
     config.mdts = spec.mdts.unwrap_or(config.mdts);
+    config.sgls = spec.sgls.unwrap_or(config.sgls);
+    config.shadow_doorbells = spec.shadow.unwrap_or(config.shadow_doorbells);
+    config.write_cache = spec.cache.unwrap_or(config.write_cache);
+    config.mpsmin = spec.mpsmin.unwrap_or(config.mpsmin);
+    config.dstrd = spec.dstrd.unwrap_or(config.dstrd);
     config.io_queues = device.queues.unwrap_or(config.io_queues);
     config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nvme_emulator::{SglSupport, ShadowDoorbells, WriteCache};
+
+    fn config(text: &str) -> ControllerConfig {
+        let spec: DeviceSpec = text.parse().unwrap();
+        let Target::Emulated(emulated) = &spec.target else { panic!("{text}") };
+        emulator_config(emulated, &spec)
+    }
+
+    #[test]
+    fn what_a_spec_does_not_say_is_the_emulators_default() {
+        let config = config("emu:mem,size=1MiB");
+        let namespace = NamespaceConfig::memory(1 << 20);
+        assert_eq!(config, ControllerConfig::with_namespace(namespace));
+    }
+
+    #[test]
+    fn every_option_reaches_the_controller() {
+        let config = config(
+            "emu:mem,size=1MiB,lba=512,mdts=3,sgls=off,shadow=on,cache=off,mpsmin=8k,dstrd=1,meta=8,ns9=2MiB,queues=3",
+        );
+        let first = NamespaceConfig::memory(1 << 20).with_lba_size(512).with_metadata(8);
+        let ninth = NamespaceConfig::memory(2 << 20).with_lba_size(512).with_metadata(8).with_nsid(9);
+        let expected = ControllerConfig {
+            namespaces: vec![first, ninth],
+            io_queues: 3,
+            mdts: 3,
+            sgls: SglSupport::Absent,
+            shadow_doorbells: ShadowDoorbells::Offered,
+            write_cache: WriteCache::Absent,
+            mpsmin: 1,
+            dstrd: 1,
+            ..ControllerConfig::default()
+        };
+        assert_eq!(config, expected);
+        config.validate().unwrap();
+    }
+
+    #[test]
+    fn each_namespace_of_a_file_is_a_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = folder.path().join("x");
+        let text = format!("emu:{},size=1MiB,ns7=2MiB", first.display());
+        for nsid in [1, 7] {
+            let spec: DeviceSpec = format!("{text},ns={nsid}").parse().unwrap();
+            let controller = open(&spec, OpenOptions::default()).unwrap();
+            controller.shutdown().unwrap();
+        }
+        let bytes = |path: &std::path::Path| std::fs::metadata(path).unwrap().len();
+        assert_eq!(bytes(&first), 1 << 20);
+        assert_eq!(bytes(&folder.path().join("x.ns7")), 2 << 20);
+    }
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! emu:PATH[,size=4GiB][,lba=512|4096][,mode=inline|threaded][,mdts=N][,latency=80us][,queues=N][,ns=ID]
+//!         [,sgls=on|dword|off][,shadow=on|off][,cache=on|off][,mpsmin=4KiB..64KiB][,dstrd=N][,meta=BYTES][,nsID=SIZE]…
 //! emu:mem,size=1GiB[,…]
 //! pci:0000:01:00.0[,queues=N][,ns=ID]
 //! vfio-user:/run/x/cntrl[,queues=N][,ns=ID]
@@ -14,10 +15,11 @@
 //! Excludes: opening the device. A path cannot hold a comma: there it ends.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use nvme_emulator::{MAX_DSTRD, MAX_METADATA, MAX_NSID, SglSupport, ShadowDoorbells, WriteCache};
 use nvme_spec::NamespaceId;
 use thiserror::Error;
 
@@ -71,6 +73,28 @@ pub struct EmulatedSpec {
     /// How long each I/O command takes, whole microseconds; as fast as it goes if `None`. Threads are needed for it, and used
     /// unless `mode` says otherwise.
     pub latency: Option<Duration>,
+    /// SGLs; the emulator's default if `None`, as for all that follows.
+    pub sgls: Option<SglSupport>,
+    /// Shadow doorbells.
+    pub shadow: Option<ShadowDoorbells>,
+    /// The volatile write cache: `Host` (on) or `Absent` (off).
+    pub cache: Option<WriteCache>,
+    /// CAP.MPSMIN: memory pages have at least `4096 << mpsmin` bytes.
+    pub mpsmin: Option<u8>,
+    /// CAP.DSTRD: doorbells are `4 << dstrd` bytes apart.
+    pub dstrd: Option<u8>,
+    /// Metadata bytes of each block, of all namespaces. What has metadata is described, but refuses its data.
+    pub metadata: Option<u16>,
+    /// Namespaces beside the first and their bytes, by identifier. Of a file each is a file of its own: see
+    /// [`namespace_path`].
+    pub more_namespaces: Vec<(NamespaceId, u64)>,
+}
+
+/// The file of the namespace `nsid`, not the first, of a controller whose first one is in `first`.
+pub fn namespace_path(first: &Path, nsid: NamespaceId) -> PathBuf {
+    let mut path = first.as_os_str().to_owned();
+    path.push(format!(".ns{nsid}"));
+    path.into()
 }
 
 /// What an embedded controller stores to.
@@ -150,12 +174,12 @@ pub enum SpecProblem {
     NotAnOption(String),
     /// An option given twice.
     #[error("`{0}` is given twice")]
-    Twice(&'static str),
+    Twice(String),
     /// A value that does not fit.
     #[error("`{key}={value}`: {expected}")]
     Value {
         /// The option.
-        key: &'static str,
+        key: String,
         /// Its value.
         value: String,
         /// What is expected.
@@ -168,8 +192,10 @@ pub enum SpecProblem {
     #[error("`latency` needs `mode=threaded`: inline, commands complete in the call that submits them")]
     LatencyInline,
     /// A size that is no whole number of blocks.
-    #[error("`size={size}` is not a multiple of the block size of {lba} bytes")]
+    #[error("`{key}={size}` is not a multiple of the block size of {lba} bytes")]
     SizeNotOfBlocks {
+        /// The option.
+        key: String,
         /// Bytes.
         size: u64,
         /// Bytes of a block.
@@ -235,7 +261,8 @@ impl fmt::Display for Size {
 }
 
 const COMMON_OPTIONS: &str = "queues, ns";
-const EMULATED_OPTIONS: &str = "size, lba, mode, mdts, latency, queues, ns";
+const EMULATED_OPTIONS: &str =
+    "size, lba, mode, mdts, latency, sgls, shadow, cache, mpsmin, dstrd, meta, nsID=SIZE, queues, ns";
 
 /// Options as they were found; which of them a scheme has is decided while they are read.
 #[derive(Default)]
@@ -245,6 +272,14 @@ struct Options {
     mode: Option<EmulatedMode>,
     mdts: Option<u8>,
     latency: Option<Duration>,
+    sgls: Option<SglSupport>,
+    shadow: Option<ShadowDoorbells>,
+    cache: Option<WriteCache>,
+    mpsmin: Option<u8>,
+    dstrd: Option<u8>,
+    metadata: Option<u16>,
+    /// Sorted by identifier.
+    more_namespaces: Vec<(NamespaceId, u64)>,
     queues: Option<u16>,
     namespace: Option<NamespaceId>,
 }
@@ -252,13 +287,13 @@ struct Options {
 fn set<T>(key: &'static str, place: &mut Option<T>, value: T) -> Result<(), SpecProblem> {
     match place.replace(value) {
         None => Ok(()),
-        Some(_) => Err(SpecProblem::Twice(key)),
+        Some(_) => Err(SpecProblem::Twice(key.to_owned())),
     }
 }
 
 fn number(key: &'static str, value: &str, min: u32, max: u32) -> Result<u32, SpecProblem> {
     value.parse().ok().filter(|number| (min..=max).contains(number)).ok_or_else(|| SpecProblem::Value {
-        key,
+        key: key.to_owned(),
         value: value.to_owned(),
         expected: format!("expected a number from {min} to {max}"),
     })
@@ -270,7 +305,27 @@ fn one_of<T>(
     found: Option<T>,
     expected: &'static str,
 ) -> Result<T, SpecProblem> {
-    found.ok_or_else(|| SpecProblem::Value { key, value: value.to_owned(), expected: expected.to_owned() })
+    found.ok_or_else(|| SpecProblem::Value {
+        key: key.to_owned(),
+        value: value.to_owned(),
+        expected: expected.to_owned(),
+    })
+}
+
+/// A size that is not 0.
+fn whole_size(key: &str, value: &str) -> Result<u64, SpecProblem> {
+    parse_size(value)
+        .and_then(|size| if size == 0 { Err("the size must not be 0".to_owned()) } else { Ok(size) })
+        .map_err(|expected| SpecProblem::Value { key: key.to_owned(), value: value.to_owned(), expected })
+}
+
+fn on_off<T>(key: &'static str, value: &str, on: T, off: T) -> Result<T, SpecProblem> {
+    let found = match value {
+        "on" => Some(on),
+        "off" => Some(off),
+        _ => None,
+    };
+    one_of(key, value, found, "expected on or off")
 }
 
 impl Options {
@@ -305,18 +360,7 @@ impl Options {
 
     fn emulated(&mut self, key: &str, value: &str) -> Result<bool, SpecProblem> {
         match key {
-            "size" => {
-                let size = parse_size(value)
-                    .and_then(
-                        |size| if size == 0 { Err("the size must not be 0".to_owned()) } else { Ok(size) },
-                    )
-                    .map_err(|expected| SpecProblem::Value {
-                        key: "size",
-                        value: value.to_owned(),
-                        expected,
-                    })?;
-                set("size", &mut self.size, size)?;
-            }
+            "size" => set("size", &mut self.size, whole_size("size", value)?)?,
             "lba" => {
                 let lba = match value {
                     "512" => Some(LbaSize::B512),
@@ -338,7 +382,70 @@ impl Options {
                 let expected = "expected microseconds or milliseconds up to 10 s, as 80us or 5ms";
                 set("latency", &mut self.latency, one_of("latency", value, parse_latency(value), expected)?)?;
             }
-            _ => return Ok(false),
+            _ => return self.controller(key, value),
+        }
+        Ok(true)
+    }
+
+    /// What a tester of initiators wants to vary.
+    fn controller(&mut self, key: &str, value: &str) -> Result<bool, SpecProblem> {
+        match key {
+            "sgls" => {
+                let sgls = match value {
+                    "on" => Some(SglSupport::Byte),
+                    "dword" => Some(SglSupport::Dword),
+                    "off" => Some(SglSupport::Absent),
+                    _ => None,
+                };
+                set("sgls", &mut self.sgls, one_of("sgls", value, sgls, "expected on, dword or off")?)?;
+            }
+            "shadow" => {
+                let shadow = on_off("shadow", value, ShadowDoorbells::Offered, ShadowDoorbells::Absent)?;
+                set("shadow", &mut self.shadow, shadow)?;
+            }
+            "cache" => {
+                let cache = on_off("cache", value, WriteCache::Host, WriteCache::Absent)?;
+                set("cache", &mut self.cache, cache)?;
+            }
+            "mpsmin" => {
+                let shift = parse_size(value)
+                    .ok()
+                    .filter(|bytes| bytes.is_power_of_two() && (4096..=65536).contains(bytes))
+                    .map(|bytes| (bytes / 4096).trailing_zeros() as u8);
+                let expected = "expected 4KiB, 8KiB, 16KiB, 32KiB or 64KiB";
+                set("mpsmin", &mut self.mpsmin, one_of("mpsmin", value, shift, expected)?)?;
+            }
+            "dstrd" => {
+                let dstrd = number("dstrd", value, 0, u32::from(MAX_DSTRD))?;
+                set("dstrd", &mut self.dstrd, dstrd as u8)?;
+            }
+            "meta" => {
+                let bytes = number("meta", value, 0, u32::from(MAX_METADATA))?;
+                set("meta", &mut self.metadata, bytes as u16)?;
+            }
+            _ => return self.namespace(key, value),
+        }
+        Ok(true)
+    }
+
+    /// `nsID=SIZE`.
+    fn namespace(&mut self, key: &str, value: &str) -> Result<bool, SpecProblem> {
+        let Some(id) = key.strip_prefix("ns").filter(|id| id.starts_with(|c: char| c.is_ascii_digit()))
+        else {
+            return Ok(false);
+        };
+        let nsid = id.parse().ok().filter(|nsid| (2..=MAX_NSID).contains(nsid) && !id.starts_with('0'));
+        let nsid = NamespaceId::new(nsid.ok_or_else(|| SpecProblem::Value {
+            key: key.to_owned(),
+            value: value.to_owned(),
+            expected: format!(
+                "identifiers of further namespaces are 2 to {MAX_NSID}; the size of namespace 1 is `size`"
+            ),
+        })?);
+        let size = whole_size(key, value)?;
+        match self.more_namespaces.binary_search_by_key(&nsid, |(nsid, _)| *nsid) {
+            Ok(_) => return Err(SpecProblem::Twice(key.to_owned())),
+            Err(place) => self.more_namespaces.insert(place, (nsid, size)),
         }
         Ok(true)
     }
@@ -365,7 +472,7 @@ fn parse(spec: &str) -> Result<DeviceSpec, SpecProblem> {
             Ok(DeviceSpec {
                 queues: options.queues,
                 namespace: options.namespace,
-                target: Target::Emulated(emulated(target, &options)?),
+                target: Target::Emulated(emulated(target, options)?),
             })
         }
         "pci" => {
@@ -411,7 +518,7 @@ fn parse(spec: &str) -> Result<DeviceSpec, SpecProblem> {
     }
 }
 
-fn emulated(target: &str, options: &Options) -> Result<EmulatedSpec, SpecProblem> {
+fn emulated(target: &str, options: Options) -> Result<EmulatedSpec, SpecProblem> {
     let backing = match target {
         "mem" => EmulatedBacking::Memory,
         path => EmulatedBacking::File(PathBuf::from(path)),
@@ -419,12 +526,14 @@ fn emulated(target: &str, options: &Options) -> Result<EmulatedSpec, SpecProblem
     if backing == EmulatedBacking::Memory && options.size.is_none() {
         return Err(SpecProblem::MemoryWithoutSize);
     }
-    if let Some(size) = options.size {
-        // Without `lba`, the smallest block must fit at least.
-        let lba = options.lba.unwrap_or(LbaSize::B512).bytes();
-        if !size.is_multiple_of(u64::from(lba)) {
-            return Err(SpecProblem::SizeNotOfBlocks { size, lba });
-        }
+    // Without `lba`, the smallest block must fit at least.
+    let lba = options.lba.unwrap_or(LbaSize::B512).bytes();
+    let first = options.size.map(|size| ("size".to_owned(), size));
+    let more = options.more_namespaces.iter().map(|(nsid, size)| (format!("ns{nsid}"), *size));
+    if let Some((key, size)) =
+        first.into_iter().chain(more).find(|(_, size)| !size.is_multiple_of(u64::from(lba)))
+    {
+        return Err(SpecProblem::SizeNotOfBlocks { key, size, lba });
     }
     if options.latency.is_some() && options.mode == Some(EmulatedMode::Inline) {
         return Err(SpecProblem::LatencyInline);
@@ -436,6 +545,13 @@ fn emulated(target: &str, options: &Options) -> Result<EmulatedSpec, SpecProblem
         mode: options.mode,
         mdts: options.mdts,
         latency: options.latency,
+        sgls: options.sgls,
+        shadow: options.shadow,
+        cache: options.cache,
+        mpsmin: options.mpsmin,
+        dstrd: options.dstrd,
+        metadata: options.metadata,
+        more_namespaces: options.more_namespaces,
     })
 }
 
@@ -480,7 +596,34 @@ impl fmt::Display for EmulatedSpec {
         if let Some(latency) = self.latency {
             write!(f, ",latency={}us", latency.as_micros())?;
         }
-        Ok(())
+        self.fmt_controller(f)
+    }
+}
+
+impl EmulatedSpec {
+    fn fmt_controller(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sgls = self.sgls.map(|sgls| match sgls {
+            SglSupport::Byte => "on",
+            SglSupport::Dword => "dword",
+            SglSupport::Absent => "off",
+        });
+        let shadow = self.shadow.map(|shadow| if shadow == ShadowDoorbells::Absent { "off" } else { "on" });
+        let cache = self.cache.map(|cache| if cache == WriteCache::Absent { "off" } else { "on" });
+        for (key, value) in [("sgls", sgls), ("shadow", shadow), ("cache", cache)] {
+            if let Some(value) = value {
+                write!(f, ",{key}={value}")?;
+            }
+        }
+        if let Some(mpsmin) = self.mpsmin {
+            write!(f, ",mpsmin={}", Size(4096 << mpsmin))?;
+        }
+        if let Some(dstrd) = self.dstrd {
+            write!(f, ",dstrd={dstrd}")?;
+        }
+        if let Some(metadata) = self.metadata {
+            write!(f, ",meta={metadata}")?;
+        }
+        self.more_namespaces.iter().try_for_each(|(nsid, size)| write!(f, ",ns{nsid}={}", Size(*size)))
     }
 }
 
@@ -525,6 +668,26 @@ mod tests {
     }
 
     #[test]
+    fn what_a_controller_offers_can_be_chosen() {
+        let text = "emu:x,sgls=dword,shadow=on,cache=off,mpsmin=16k,dstrd=2,meta=8,ns7=1GiB,ns2=16MiB,ns=7";
+        let parsed = spec(text);
+        assert_eq!(parsed.namespace, Some(NamespaceId::new(7)));
+        let Target::Emulated(emulated) = parsed.target else { panic!() };
+        assert_eq!(emulated.sgls, Some(SglSupport::Dword));
+        assert_eq!(emulated.shadow, Some(ShadowDoorbells::Offered));
+        assert_eq!(emulated.cache, Some(WriteCache::Absent));
+        assert_eq!((emulated.mpsmin, emulated.dstrd, emulated.metadata), (Some(2), Some(2), Some(8)));
+        let more = [(NamespaceId::new(2), 16 << 20), (NamespaceId::new(7), 1 << 30)];
+        assert_eq!(emulated.more_namespaces, more);
+        for (text, again) in
+            [("sgls=on", "sgls=on"), ("sgls=off", "sgls=off"), ("mpsmin=4096", "mpsmin=4KiB")]
+        {
+            assert_eq!(spec(&format!("emu:x,{text}")).to_string(), format!("emu:x,{again}"));
+        }
+        assert_eq!(namespace_path(Path::new("/d/x"), NamespaceId::new(7)), Path::new("/d/x.ns7"));
+    }
+
+    #[test]
     fn every_malformed_spec_says_what_to_do() {
         for (text, says) in [
             ("", "must begin with"),
@@ -554,7 +717,24 @@ mod tests {
             ("emu:x,queues=65535", "from 1 to 65534"),
             ("emu:x,ns=0", "from 1 to 4294967294"),
             ("emu:x,ns=1,ns=2", "`ns` is given twice"),
-            ("emu:x,speed=9", "those are size, lba, mode, mdts, latency, queues, ns"),
+            ("emu:x,speed=9", "those are size, lba, mode, mdts, latency, sgls, shadow"),
+            ("emu:x,sgls=byte", "expected on, dword or off"),
+            ("emu:x,shadow=yes", "expected on or off"),
+            ("emu:x,cache=", "expected on or off"),
+            ("emu:x,cache=on,cache=off", "`cache` is given twice"),
+            ("emu:x,mpsmin=2k", "expected 4KiB"),
+            ("emu:x,mpsmin=12k", "expected 4KiB"),
+            ("emu:x,mpsmin=128k", "expected 4KiB"),
+            ("emu:x,dstrd=11", "from 0 to 10"),
+            ("emu:x,meta=129", "from 0 to 128"),
+            ("emu:x,ns1=1MiB", "the size of namespace 1 is `size`"),
+            ("emu:x,ns02=1MiB", "identifiers of further namespaces are 2 to 65535"),
+            ("emu:x,ns65536=1MiB", "identifiers of further namespaces are 2 to 65535"),
+            ("emu:x,ns2=0", "must not be 0"),
+            ("emu:x,ns2=1MiB,ns2=2MiB", "`ns2` is given twice"),
+            ("emu:x,ns2=1536,lba=4096", "`ns2=1536` is not a multiple of the block size of 4096"),
+            ("emu:x,nsx=1", "`nsx` is not an option"),
+            ("pci:0000:01:00.0,ns2=1MiB", "those are queues, ns"),
             ("pci:", "such as `0000:01:00.0`"),
             ("pci:01:00", "the function is missing"),
             ("pci:0000:01:20.0", "`pollux list`"),
@@ -581,6 +761,19 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn any_options_that_parse_round_trip(options in prop::collection::vec((
+            prop::sample::select(vec!["size", "lba", "mode", "mdts", "latency", "sgls", "shadow", "cache", "mpsmin",
+                "dstrd", "meta", "ns", "ns2", "ns7", "ns65535", "ns65536", "queues"]),
+            prop::sample::select(vec!["on", "off", "dword", "0", "1", "2", "8", "512", "4096", "4k", "8KiB", "64k",
+                "1MiB", "inline", "threaded", "80us"]),
+        ), 0..5)) {
+            let options: String = options.iter().map(|(key, value)| format!(",{key}={value}")).collect();
+            if let Ok(parsed) = format!("emu:x{options}").parse::<DeviceSpec>() {
+                prop_assert_eq!(parsed.to_string().parse::<DeviceSpec>().unwrap(), parsed);
+            }
+        }
+
         #[test]
         fn no_string_panics_and_what_parses_round_trips(text in "(emu|pci|vfio-user|qtest)?:?[a-z0-9:.,=/GiB]{0,40}") {
             if let Ok(parsed) = text.parse::<DeviceSpec>() {

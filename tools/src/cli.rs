@@ -48,6 +48,7 @@ Exit codes:
 Device specs:
   emu:PATH[,size=4GiB][,lba=512|4096][,queues=N][,ns=ID]   embedded controller on a sparse file
   emu:mem,size=1GiB[,...]                                  embedded controller in memory
+    [,mode=inline|threaded][,latency=80us][,mdts=N]        emu: how and how fast, and (pollux help serve) what it offers
   pci:ADDR[,queues=N][,ns=ID]                              controller bound to vfio-pci
   vfio-user:PATH[,queues=N][,ns=ID]                        controller behind a vfio-user socket
 

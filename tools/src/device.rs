@@ -4,7 +4,7 @@
 //! ([`on_one_reactor`]), and the words in which device errors reach a user.
 
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fs_core::MountError;
@@ -22,7 +22,7 @@ use crate::failure::{During, Failure};
 use crate::quantity::show_size;
 use crate::report::{LatencyReport, QueueReport};
 use crate::scratch::{self, Marker};
-use nvme::spec_string::{EmulatedBacking, EmulatedSpec, Target};
+use nvme::spec_string::{EmulatedBacking, EmulatedSpec, Target, namespace_path};
 
 pub use nvme::spec_string::{DeviceSpec, parse_size};
 
@@ -144,7 +144,7 @@ fn seed() -> u64 {
 pub fn open(spec: &DeviceSpec) -> Result<Arc<Controller>, Failure> {
     nvme::open(spec, nvme::OpenOptions::default()).map_err(|error| {
         let failure = Failure::new(format!("cannot open the device: {error}"));
-        match file(spec) {
+        match files(spec).first() {
             Some(path) if !path.exists() => {
                 failure.remedy(format!("to create it, add a size: emu:{},size=4GiB", path.display()))
             }
@@ -268,22 +268,25 @@ pub fn format(spec: &DeviceSpec, formatting: &Formatting) -> Result<Formatted, F
         }
         Ok(Formatted { report, scratch })
     };
-    let created = file(spec).filter(|path| !path.exists());
+    let created: Vec<PathBuf> = files(spec).into_iter().filter(|path| !path.exists()).collect();
     let formatted =
         on_one_reactor(spec, format).and_then(|made| made.map_err(|error| format_failure(&error)));
-    if let (Err(_), Some(path)) = (&formatted, created) {
+    if formatted.is_err() {
         // A file that this call has made holds nothing; it may not even have come to that.
-        let _absent = std::fs::remove_file(path);
+        created.iter().for_each(|path| drop(std::fs::remove_file(path)));
     }
     formatted
 }
 
-/// The file that a device lives in.
-fn file(spec: &DeviceSpec) -> Option<&Path> {
-    match &spec.target {
-        Target::Emulated(EmulatedSpec { backing: EmulatedBacking::File(path), .. }) => Some(path),
-        _ => None,
-    }
+/// The files that a device lives in.
+fn files(spec: &DeviceSpec) -> Vec<PathBuf> {
+    let Target::Emulated(EmulatedSpec { backing: EmulatedBacking::File(first), more_namespaces, .. }) =
+        &spec.target
+    else {
+        return Vec::new();
+    };
+    let more = more_namespaces.iter().map(|(nsid, _)| namespace_path(first, *nsid));
+    std::iter::once(first.clone()).chain(more).collect()
 }
 
 /// A small multiple of the cores, as far as each shard gets a reasonable share of the device.

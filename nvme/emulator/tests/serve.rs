@@ -84,6 +84,24 @@ impl Client {
         u32::from_le_bytes(body[16..].try_into().unwrap())
     }
 
+    fn write(&self, region: u32, offset: u64, data: &[u8]) {
+        let count = (data.len() as u32).into();
+        let access = RegionAccess { offset: offset.into(), region: region.into(), count };
+        self.ask(Command::REGION_WRITE, &[access.as_bytes(), data].concat(), &[]).unwrap();
+    }
+
+    /// Enables the controller with an admin queue of 64 entries: submissions at `iova`, completions a page behind.
+    fn enable(&self, iova: u64) {
+        self.write(region::BAR0, 0x24, &0x003f_003fu32.to_le_bytes());
+        self.write(region::BAR0, 0x28, &iova.to_le_bytes());
+        self.write(region::BAR0, 0x30, &(iova + 4096).to_le_bytes());
+        self.write(region::BAR0, 0x14, &0x0046_0001u32.to_le_bytes());
+        let deadline = soon();
+        while self.read32(region::BAR0, 0x1c) & 1 == 0 {
+            assert!(Instant::now() < deadline, "never ready");
+        }
+    }
+
     fn map(&self, iova: u64, bytes: u64, flags: DmaFlags, fd: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
         let map = DmaMap {
             argsz: 32.into(),
@@ -321,4 +339,55 @@ fn nothing_of_a_client_is_left_when_it_goes() {
         // The same address each time: it must be free again.
         assert_eq!(client.map(0x1000, 4096, RW, Some(fd.as_fd())), Ok(()));
     }
+}
+
+/// A client that shrinks the file behind its queues makes the server's next access raise SIGBUS, which would end the process.
+#[test]
+fn memory_that_shrinks_under_the_server_ends_nothing_but_its_owners_commands() {
+    let served = served(ClientMemory::Any);
+    for _ in 0..3 {
+        let client = Client::connect(&served.path);
+        // Cannot be sealed, as little as a file could.
+        let memory = memfd_create("shrinks", MFdFlags::MFD_CLOEXEC).unwrap();
+        nix::unistd::ftruncate(&memory, 16384).unwrap();
+        assert_eq!(client.map(0x1000, 16384, RW, Some(memory.as_fd())), Ok(()));
+        client.enable(0x1000);
+        nix::unistd::ftruncate(&memory, 0).unwrap();
+        // The submission queue is read, and completions written, by the time that the message is answered.
+        client.write(region::BAR0, 0x1000, &5u32.to_le_bytes());
+        assert_eq!(client.read32(region::BAR0, 8), 0x0001_0400, "the server goes on");
+    }
+    // The next client has a controller that works: each enables it anew.
+    let client = Client::connect(&served.path);
+    let whole = memory(16384);
+    assert_eq!(client.map(0x1000, 16384, RW, Some(whole.as_fd())), Ok(()));
+    client.enable(0x1000);
+    // Identify Controller (§5.15) into the third page.
+    let mut command = [0u8; 64];
+    command[0] = 6;
+    command[24..32].copy_from_slice(&0x3000u64.to_le_bytes());
+    command[40] = 1;
+    nix::sys::uio::pwrite(&whole, &command, 0).unwrap();
+    client.write(region::BAR0, 0x1000, &1u32.to_le_bytes());
+    let mut completion = [0u8; 16];
+    nix::sys::uio::pread(&whole, &mut completion, 4096).unwrap();
+    assert_eq!(completion[14..], [1, 0], "success, phase 1");
+    let mut model = [0u8; 6];
+    nix::sys::uio::pread(&whole, &mut model, 8192 + 24).unwrap();
+    assert_eq!(&model, b"Pollux");
+}
+
+/// Whoever comes while another is served waits for its turn, and is not turned away.
+#[test]
+fn a_second_client_has_its_turn_when_the_first_one_leaves() {
+    let served = served(ClientMemory::Any);
+    let first = Client::connect(&served.path);
+    let second = Channel::connect(&served.path, soon()).unwrap();
+    let hello = version_body(Capabilities::default());
+    second.send_command((9, Command::VERSION, 0), &[&hello], &[], soon()).unwrap();
+    assert_eq!(first.read32(region::BAR0, 8), 0x0001_0400);
+    let early = second.receive(MAX_MESSAGE, None, Instant::now() + Duration::from_millis(50));
+    assert!(early.is_err(), "it was served beside the first");
+    drop(first);
+    assert!(!second.receive(MAX_MESSAGE, None, soon()).unwrap().header.failed());
 }

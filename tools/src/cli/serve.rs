@@ -22,11 +22,22 @@ use crate::signals::Signals;
 One client at a time; the next has its turn when the last one leaves. Between two clients the controller is reset;
 what they wrote stays. SIGINT (Ctrl-C) or SIGTERM removes the socket.
 
+What initiators are offered, as options of the device:
+  sgls=on|dword|off      SGLs                              (on)
+  shadow=on|off          shadow doorbells                  (off)
+  cache=on|off           volatile write cache              (on)
+  mpsmin=4KiB..64KiB     smallest memory page              (4KiB)
+  dstrd=0..10            doorbells are 4 << N bytes apart  (0)
+  mdts=N                 largest transfer, 4096 << N       (8)
+  meta=BYTES             metadata of each block            (0)
+  nsID=SIZE              a further namespace; of a file in PATH.nsID
+
 Clients share memory with this process. One that shrinks what it shared loses its data; --sealed refuses memory that
 could shrink (and huge pages), which some clients cannot do without.
 
 Example:
   pollux serve --device emu:./disk.img,size=4GiB --socket /tmp/pollux/cntrl
+  pollux serve --device emu:mem,size=1GiB,ns7=64MiB,shadow=on,mpsmin=16KiB --socket /tmp/pollux/cntrl
   pollux perf --device vfio-user:/tmp/pollux/cntrl --rw randread --bs 4k --iodepth 32    (in another terminal)")]
 pub(super) struct Serve {
     /// The controller: an `emu:` device

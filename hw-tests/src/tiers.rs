@@ -13,6 +13,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 
 use crate::guest;
+use crate::qemu::{self, Configuration, Machine, Runs};
 use crate::suite::{Environment, MachineCase};
 pub use served::Server;
 
@@ -69,7 +70,7 @@ impl Tier {
     pub fn missing(self, environment: &Environment) -> Option<String> {
         match self {
             Tier::Emu => None,
-            Tier::Qtest => Some("not built in yet".to_owned()),
+            Tier::Qtest => qemu::missing(),
             Tier::Guest => guest::missing(environment),
         }
     }
@@ -78,7 +79,8 @@ impl Tier {
     pub fn targets(self) -> Vec<Target> {
         match self {
             Tier::Emu => embedded(),
-            Tier::Qtest | Tier::Guest => Vec::new(),
+            Tier::Qtest => qemu::matrix().into_iter().filter_map(on_qemu).collect(),
+            Tier::Guest => Vec::new(),
         }
     }
 
@@ -86,10 +88,25 @@ impl Tier {
     pub fn machine_cases(self) -> Vec<MachineCase> {
         match self {
             Tier::Emu => served::CASES.to_vec(),
-            Tier::Qtest => Vec::new(),
+            Tier::Qtest => qemu::cases(),
             Tier::Guest => guest::cases(),
         }
     }
+}
+
+/// A configuration that the suite runs on; `None` for those whose refusal is a case.
+fn on_qemu(configuration: Configuration) -> Option<Target> {
+    let parts = match configuration.runs {
+        Runs::Everything => Vec::new(),
+        Runs::Only(part) => vec![part.to_owned()],
+        Runs::Refused(_) => return None,
+    };
+    let name = format!("qtest {}", configuration.name);
+    let make = Box::new(move |_: &Environment, _: &Path| {
+        let machine = Machine::start(&configuration)?;
+        Ok(Made { spec: machine.spec(), holder: Box::new(machine) })
+    });
+    Some(Target { name, parts, make })
 }
 
 /// Size of the devices: room for a volume and a tree.

@@ -230,14 +230,14 @@ pub fn matrix() -> Vec<Configuration> {
             .namespaces(&[",nsid=2", ",nsid=7,logical_block_size=4096,physical_block_size=4096", ",nsid=250"])
             .runs(io),
         new("one-queue").controller(",max_ioqpairs=1"),
-        new("three-queues").controller(",max_ioqpairs=3").runs(Runs::Only("queues/")),
+        new("three-queues").controller(",max_ioqpairs=3").runs(io),
         new("msix-in-a-bar-of-its-own").controller(",msix-exclusive-bar=on").runs(bring_up),
-        new("two-vectors").controller(",msix_qsize=2").runs(Runs::Only("queues/")),
+        new("two-vectors").controller(",msix_qsize=2").runs(io),
         new("controller-memory").controller(",cmb_size_mb=16").runs(io),
         subsystem.runs(bring_up),
         new("errors-elsewhere").layer(Layer::Debug(vec![fails("read", 333_333, 5)])).runs(io),
         new("throttled").layer(Layer::Throttled(2000)).runs(bring_up),
-        new("slow").layer(Layer::Null(2_000_000)).runs(bring_up),
+        new("slow").layer(Layer::Null(2_000_000)).runs(Runs::Only("bring-up/shutdown")),
         new("metadata").namespaces(&[",ms=8"]).runs(Runs::Refused("metadata")),
     ]
 }

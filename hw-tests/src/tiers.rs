@@ -45,8 +45,11 @@ pub struct Target {
     /// Which cases: those whose names contain one of these; all if there are none.
     pub parts: Vec<String>,
     /// Makes it, in a directory of its own.
-    pub make: Box<dyn Fn(&Environment, &Path) -> Result<Made>>,
+    pub make: Make,
 }
+
+/// Makes a device in a directory of its own.
+pub type Make = Box<dyn Fn(&Environment, &Path) -> Result<Made>>;
 
 /// A device that is there.
 pub struct Made {

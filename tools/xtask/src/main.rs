@@ -14,6 +14,7 @@ mod check;
 mod conventions;
 mod direction;
 mod fuzz;
+mod hw_tests;
 mod models;
 mod packages;
 mod planted;
@@ -42,6 +43,8 @@ enum Task {
     Check,
     /// Unit, property and documentation tests, then the tiers that mount
     Test(test::TestOptions),
+    /// The suites on the embedded controller, on QEMU, in a guest, on a real drive
+    HwTests(hw_tests::HwTestsOptions),
     /// Measure, and compare with the goals
     Bench(bench::BenchOptions),
     /// Run a fuzz target for a time, or one saved input
@@ -70,6 +73,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<Steps> {
     match &arguments.task {
         Task::Check => check::run(&mut steps),
         Task::Test(options) => test::run(&mut steps, options),
+        Task::HwTests(options) => hw_tests::run(&mut steps, options),
         Task::Bench(options) => bench::run(&mut steps, options),
         Task::Fuzz(options) => fuzz::run(&mut steps, options),
         Task::Models => models::run(&mut steps),

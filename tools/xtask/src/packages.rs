@@ -26,6 +26,11 @@ pub(crate) fn missing() -> Vec<&'static str> {
     PROGRAMS.iter().filter(|program| find(program.name).is_none()).map(|program| program.package).collect()
 }
 
+/// Packages of those `programs` (name and package) that are missing.
+pub(crate) fn missing_of(programs: &[(&str, &'static str)]) -> Vec<&'static str> {
+    programs.iter().filter(|(name, _)| find(name).is_none()).map(|(_, package)| *package).collect()
+}
+
 /// The command that installs `packages`.
 pub(crate) fn install_command(packages: &[&str]) -> String {
     format!("apt-get install --yes --no-install-recommends {}", packages.join(" "))

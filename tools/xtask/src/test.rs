@@ -9,6 +9,7 @@
 //! | models | protocols between threads in every interleaving, `unsafe` under Miri | Miri: a nightly toolchain |
 //! | fuzz | each fuzz target for half a minute | coverage guidance: a C++ compiler |
 //! | mount | `hw-tests`, and all of `pollux-tools` with its `#[ignore]`d tests, on release builds of the programs: real mounts, real programs | `/dev/fuse`, root or fusermount3, Debian packages |
+//! | hw-tests | the suites by device (`cargo xtask hw-tests`) | QEMU, a kernel package |
 //!
 //! Outside `hw-tests`, a test that needs more than a compiler carries `#[ignore = "what it needs"]`. The mount tier
 //! finds the built programs in the folder named by the environment variable `POLLUX_BIN_DIR`.
@@ -16,7 +17,7 @@
 use clap::Args;
 
 use crate::steps::{Steps, has_cargo_command};
-use crate::{fuzz, models, packages};
+use crate::{fuzz, hw_tests, models, packages};
 
 /// Every crate but the one whose tests all mount.
 const NOT_MOUNTING: &[&str] = &["--workspace", "--exclude", "hw-tests"];
@@ -47,6 +48,7 @@ pub(crate) fn run(steps: &mut Steps, options: &TestOptions) {
     } else {
         mount(steps, runner);
     }
+    hw_tests::run(steps, &hw_tests::HwTestsOptions::default());
 }
 
 fn mount(steps: &mut Steps, runner: Runner) {
@@ -73,7 +75,12 @@ fn mount(steps: &mut Steps, runner: Runner) {
             "pollux-tools",
             "--package",
             "hw-tests",
-            "--bins",
+            "--bin",
+            "pollux",
+            "--bin",
+            "polluxd",
+            "--bin",
+            "relay",
         ],
     );
     let tools = steps.root().join("target/tools");
@@ -135,7 +142,7 @@ impl Runner {
     }
 }
 
-fn target_folder(steps: &Steps) -> std::path::PathBuf {
+pub(crate) fn target_folder(steps: &Steps) -> std::path::PathBuf {
     match std::env::var_os("CARGO_TARGET_DIR") {
         Some(folder) => steps.root().join(folder),
         None => steps.root().join("target"),

@@ -226,13 +226,15 @@ pub fn matrix() -> Vec<Configuration> {
         new("mdts-0").controller(",mdts=0").runs(io),
         new("mdts-1").controller(",mdts=1").runs(io),
         new("mdts-5").controller(",mdts=5").runs(io),
-        new("namespaces-with-gaps")
-            .namespaces(&[",nsid=2", ",nsid=7,logical_block_size=4096,physical_block_size=4096", ",nsid=250"])
-            .runs(io),
+        new("namespaces-with-gaps").namespaces(&[
+            ",nsid=2",
+            ",nsid=7,logical_block_size=4096,physical_block_size=4096",
+            ",nsid=250",
+        ]),
         new("one-queue").controller(",max_ioqpairs=1"),
-        new("three-queues").controller(",max_ioqpairs=3").runs(io),
+        new("three-queues").controller(",max_ioqpairs=3").runs(Runs::Only("queues/")),
         new("msix-in-a-bar-of-its-own").controller(",msix-exclusive-bar=on").runs(bring_up),
-        new("two-vectors").controller(",msix_qsize=2").runs(io),
+        new("two-vectors").controller(",msix_qsize=2").runs(Runs::Only("queues/")),
         new("controller-memory").controller(",cmb_size_mb=16").runs(io),
         subsystem.runs(bring_up),
         new("errors-elsewhere").layer(Layer::Debug(vec![fails("read", 333_333, 5)])).runs(io),

@@ -25,7 +25,7 @@ use crate::models;
 use crate::steps::{Steps, cargo};
 
 /// What is planted.
-#[derive(Args)]
+#[derive(Args, Default)]
 pub(crate) struct PlantedOptions {
     /// Print the bugs and stop
     #[arg(long)]

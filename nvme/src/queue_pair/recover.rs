@@ -410,9 +410,21 @@ impl QueuePair {
     }
 }
 
-/// Whether a command with this status may be sent again (§4.6.1). A comparison that failed is an answer.
+/// Whether a command with this status may be sent again (§4.6.1). A comparison that failed is an answer. A flush that failed
+/// may have lost what it was to make durable, and the next one would succeed all the same: it is repeated only if it was
+/// not begun.
 fn may_repeat(kind: Kind, status: Status) -> bool {
-    !status.dnr() && kind.is_repeatable() && status.code() != StatusCode::COMPARE_FAILURE
+    let code = status.code();
+    let not_begun = [
+        StatusCode::NAMESPACE_NOT_READY,
+        StatusCode::COMMAND_INTERRUPTED,
+        StatusCode::ABORTED_SQ_DELETION,
+        StatusCode::ABORT_REQUESTED,
+    ];
+    !status.dnr()
+        && kind.is_repeatable()
+        && code != StatusCode::COMPARE_FAILURE
+        && (kind != Kind::Flush || not_begun.contains(&code))
 }
 
 /// A buffer that the device cannot reach, with the contents of one that it may write to for ever, which is never reused.

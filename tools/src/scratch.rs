@@ -1,7 +1,7 @@
 //! The scratch marker: what says that a drive is free for destructive tests.
 //!
 //! Owns: [`Marker`] with its 4 KiB on the medium, [`survey`] (what a drive is and holds), [`permit`] (whether tests may destroy
-//! what is on it), [`write`] and [`remove`].
+//! what is on it), [`write()`] and [`remove`].
 //!
 //! There are two copies, either of which counts: block 15 (blocks of 4 KiB), which is reserved in a Pollux volume, where
 //! [`format`](crate::device::format) puts the marker back; and the sixteenth block from the end, for tests that write to the beginning of a
@@ -28,7 +28,7 @@
 //! ours has appeared beside it (a partition table); but for [`wipe_foreign`] nothing here overwrites anything but the blocks of the
 //! marker.
 //!
-//! *Legal crash outcomes*: either copy, both or none, before [`write`] or [`remove`] return.
+//! *Legal crash outcomes*: either copy, both or none, before [`write()`] or [`remove`] return.
 //!
 //! Excludes: asking the user (`cli`).
 

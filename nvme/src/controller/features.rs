@@ -209,7 +209,7 @@ impl Controller {
 
     /// Sets a feature; `data` is what it takes beside dword 11 (§5.21). Returns dword 0 of the completion. What is not
     /// saved is set again after each reset by the driver; if the controller refuses it then,
-    /// [`ControllerEvent::SettingLost`](crate::ControllerEvent::SettingLost) says so.
+    /// [`SettingLost`](crate::ControllerEvent::SettingLost) says so.
     ///
     /// # Errors
     /// The feature belongs to the driver (queue numbers, host memory buffer), `data` is too long, it cannot be saved, more than

@@ -131,6 +131,9 @@ fn embedded() -> Vec<Target> {
             make: Box::new(|_, _| Ok(Made::plain(format!("emu:mem,size={SIZE}")))),
         },
         file("emu:FILE lba=512", "lba=512"),
+        // What the others leave at its usual: lists of pages in place of SGLs, small transfers, wide doorbells, no cache, a second namespace.
+        file("emu:FILE plain", "lba=512,sgls=off,mdts=1,dstrd=2,cache=off,ns7=64MiB"),
+        file("emu:FILE shadow", "lba=4096,shadow=on,sgls=dword,mpsmin=16KiB"),
         file("emu:FILE lba=4096", "lba=4096"),
         Target {
             name: "vfio-user".to_owned(),

@@ -4,7 +4,7 @@ use anyhow::{Result, anyhow, ensure};
 use nvme::{NvmRequest, QueuePair};
 use reactor::block::{BlockDevice, IoError, Lba, OpTag, RejectReason, Request};
 
-use super::device::{Device, block_bytes, drain, execute, filled, pattern, range, read, same, write};
+use super::device::{Device, block_bytes, drain, execute, filled, flush, pattern, range, read, same, write};
 use super::{Case, Subject, Verdict};
 
 const SUITE: &str = "commands";
@@ -212,6 +212,11 @@ fn flushes(subject: &Subject) -> Result<Verdict> {
         ensure!(tags.insert(done.tag.0), "request {} was answered twice", done.tag.0);
     }
     ensure!(tags.len() == sent, "{sent} requests, {} answers", tags.len());
+    let before = queue.counters().read().commands;
+    flush(&mut queue)?;
+    let commands = queue.counters().read().commands - before;
+    let cached = queue.geometry().volatile_write_cache;
+    ensure!(commands > 0 || !cached, "the device has a volatile cache and was sent no flush");
     for n in (0..48u64).filter(|n| n % 4 != 3) {
         same(&read(&mut queue, n, block)?, &pattern(n, n, block, block), &format!("block {n}"))?;
     }

@@ -12,6 +12,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -301,9 +302,38 @@ pub fn make_tree(root: &Path, files: u64, seed: u64) -> Result<()> {
     Ok(())
 }
 
-/// Insists that two trees have the same names, contents, link targets and modes.
+/// Insists that two trees have the same names, kinds, contents, link targets and modes.
+///
+/// Without `diff`: busybox's follows links.
 pub fn same_tree(left: &Path, right: &Path) -> Result<()> {
-    run(Command::new("diff").arg("-r").arg("--no-dereference").arg(left).arg(right)).map(|_| ())
+    let (names, others) = (names(left)?, names(right)?);
+    ensure!(names == others, "{} has {names:?}, {} has {others:?}", left.display(), right.display());
+    for name in names {
+        same_entry(&left.join(&name), &right.join(&name))?;
+    }
+    Ok(())
+}
+
+fn names(directory: &Path) -> Result<Vec<std::ffi::OsString>> {
+    let entries = fs::read_dir(directory).with_context(|| directory.display().to_string())?;
+    let mut names = entries.map(|entry| Ok(entry?.file_name())).collect::<Result<Vec<_>>>()?;
+    names.sort();
+    Ok(names)
+}
+
+fn same_entry(left: &Path, right: &Path) -> Result<()> {
+    let both = || format!("{} and {}", left.display(), right.display());
+    let (one, other) = (left.symlink_metadata()?, right.symlink_metadata()?);
+    ensure!(one.mode() == other.mode(), "{}: kind and mode {:o}, {:o}", both(), one.mode(), other.mode());
+    if one.is_dir() {
+        return same_tree(left, right);
+    }
+    if one.is_symlink() {
+        ensure!(fs::read_link(left)? == fs::read_link(right)?, "{} point to different places", both());
+    } else if one.is_file() {
+        ensure!(read_file(left)? == read_file(right)?, "{} differ", both());
+    }
+    Ok(())
 }
 
 /// The whole of a small file.
@@ -313,4 +343,40 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>> {
         .and_then(|mut file| file.read_to_end(&mut bytes))
         .with_context(|| path.display().to_string())?;
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed step of a test is the failure of the test")]
+
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn trees_differ_by_name_contents_link_and_mode() {
+        let directory = tempfile::tempdir().unwrap();
+        let (left, right) = (directory.path().join("l"), directory.path().join("r"));
+        make_tree(&left, 60, 1).unwrap();
+        let again = || {
+            let _absent = fs::remove_dir_all(&right);
+            make_tree(&right, 60, 1).unwrap();
+        };
+        let changes: [fn(&Path); 5] = [
+            |root| fs::write(root.join("new"), "x").unwrap(),
+            |root| fs::remove_dir_all(root.join("dir-0")).unwrap(),
+            |root| fs::write(root.join("file-0"), "other").unwrap(),
+            |root| fs::set_permissions(root.join("file-0"), fs::Permissions::from_mode(0o600)).unwrap(),
+            |root| {
+                fs::remove_file(root.join("file-0")).unwrap();
+                std::os::unix::fs::symlink("file-1", root.join("file-0")).unwrap();
+            },
+        ];
+        again();
+        same_tree(&left, &right).unwrap();
+        for (n, change) in changes.into_iter().enumerate() {
+            again();
+            change(&right);
+            assert!(same_tree(&left, &right).is_err(), "change {n} was not seen");
+        }
+    }
 }

@@ -132,7 +132,7 @@ fn embedded() -> Vec<Target> {
         },
         file("emu:FILE lba=512", "lba=512"),
         // What the others leave at its usual: lists of pages in place of SGLs, small transfers, wide doorbells, no cache, a second namespace.
-        file("emu:FILE plain", "lba=512,sgls=off,mdts=1,dstrd=2,cache=off,ns7=64MiB"),
+        file("emu:FILE plain", "lba=512,sgls=off,mdts=4,dstrd=2,cache=off,ns7=64MiB"),
         file("emu:FILE shadow", "lba=4096,shadow=on,sgls=dword,mpsmin=16KiB"),
         file("emu:FILE lba=4096", "lba=4096"),
         Target {

@@ -320,6 +320,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "opens a file")]
     fn scattered_payload_round_trips_through_a_file() {
         let pages = IOVECS_PER_CALL * 2 + 3;
         let space = DmaSpace::new();
@@ -344,6 +345,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "opens a file")]
     fn file_that_ends_early_is_an_error() {
         let space = DmaSpace::new();
         let region = space.map(8192).unwrap();

@@ -29,9 +29,22 @@ fn error_of(code: StatusCode) -> Error {
     }
 }
 
-fn row(status: Status, when: When, times: Times) -> Row {
+/// What says that the command was not begun: only then is a flush sent again, for the next one would succeed whatever the
+/// failed one has lost.
+const NOT_BEGUN: [StatusCode; 4] = [
+    StatusCode::NAMESPACE_NOT_READY,
+    StatusCode::COMMAND_INTERRUPTED,
+    StatusCode::ABORTED_SQ_DELETION,
+    StatusCode::ABORT_REQUESTED,
+];
+
+fn row(status: Status, when: When, times: Times, command: Command) -> Row {
     // A comparison that failed is an answer, even where nothing was compared.
-    let fails = status.dnr() || times == Times::Forever || status.code() == StatusCode::COMPARE_FAILURE;
+    let code = status.code();
+    let fails = status.dnr()
+        || times == Times::Forever
+        || code == StatusCode::COMPARE_FAILURE
+        || command == Command::Flush && !NOT_BEGUN.contains(&code);
     let io = if fails { Expect::Fails(error_of(status.code())) } else { Expect::Recovers };
     let mut row = Row::new(Effect::Status { status, when }, io, Expect::Fails(Error::Status));
     row.times = times;
@@ -47,7 +60,7 @@ fn every_status_is_an_error_or_repeated() {
                 for load in [Load::DepthOne, Load::PhaseWrap] {
                     let (world, during) = (World::Inline, AdminOpcode::IDENTIFY);
                     let place = Place { world, command, load, moment: Moment::Running, during };
-                    run(&row(status, When::BeforeExecution, Times::Once), place);
+                    run(&row(status, When::BeforeExecution, Times::Once, command), place);
                     cases += 1;
                 }
             }
@@ -77,7 +90,7 @@ fn statuses_of_every_type_hold_at_every_moment() {
                 {
                     let place =
                         Place { world: World::Inline, command, load, moment, during: AdminOpcode::IDENTIFY };
-                    run(&row(status, when, Times::Once), place);
+                    run(&row(status, when, Times::Once, command), place);
                     cases += 1;
                 }
             }
@@ -96,7 +109,7 @@ fn a_status_without_end_is_repeated_a_few_times_only() {
             for world in [World::Inline, World::Stepped] {
                 let (moment, during) = (Moment::Running, AdminOpcode::IDENTIFY);
                 let place = Place { world, command, load: Load::DepthOne, moment, during };
-                run(&row(Status::from_code(code), When::AfterExecution, Times::Forever), place);
+                run(&row(Status::from_code(code), When::AfterExecution, Times::Forever, command), place);
                 cases += 1;
             }
         }

@@ -63,6 +63,7 @@ pub(crate) struct Batch<'tree> {
     changes: BTreeMap<Key, Option<Vec<u8>>>,
     committed: Vec<(BlockNr, BlockCount)>,
     freed: Vec<(BlockNr, BlockCount)>,
+    returns: bool,
 }
 
 /// The changes of a finished plan.
@@ -74,12 +75,14 @@ pub(crate) struct Changes {
     pub(crate) committed: Vec<(BlockNr, BlockCount)>,
     /// Data blocks that nothing references any more.
     pub(crate) freed: Vec<(BlockNr, BlockCount)>,
+    /// Whether borrowed blocks are to be given back.
+    pub(crate) returns: bool,
 }
 
 impl<'tree> Batch<'tree> {
     /// An empty batch over `tree`.
     pub(crate) fn new(tree: &'tree Tree, context: BatchContext) -> Self {
-        Self { tree, context, changes: BTreeMap::new(), committed: Vec::new(), freed: Vec::new() }
+        Self { tree, context, changes: BTreeMap::new(), committed: Vec::new(), freed: Vec::new(), returns: false }
     }
 
     /// Time of the transaction.
@@ -167,6 +170,11 @@ impl<'tree> Batch<'tree> {
         self.freed.push((start, count));
     }
 
+    /// Declares that a return was put: whoever gives blocks back has work.
+    pub(crate) fn note_return(&mut self) {
+        self.returns = true;
+    }
+
     /// Items put or deleted so far.
     pub(crate) fn changed(&self) -> u32 {
         u32::try_from(self.changes.len()).unwrap_or(u32::MAX)
@@ -174,6 +182,11 @@ impl<'tree> Batch<'tree> {
 
     /// Ends the plan.
     pub(crate) fn finish(self) -> Changes {
-        Changes { items: self.changes, committed: self.committed, freed: self.freed }
+        Changes {
+            items: self.changes,
+            committed: self.committed,
+            freed: self.freed,
+            returns: self.returns,
+        }
     }
 }

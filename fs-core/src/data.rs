@@ -53,6 +53,7 @@ mod copy;
 mod evict;
 pub(crate) mod extent_map;
 mod file;
+mod lending;
 mod io;
 mod ordered;
 mod page;
@@ -67,6 +68,7 @@ mod write_back;
 mod tests;
 
 pub(crate) use self::file::FileData;
+pub(crate) use self::lending::{LendingCall, LendingChange, LendingReply};
 pub use self::queue::MAX_WRITE;
 pub(crate) use self::queue::{DelallocShared, WriteParts};
 
@@ -92,6 +94,7 @@ pub(crate) struct DataState {
     ordered_pages: Cell<u64>,
     ordered_freed: Signal,
     insertion: WholeLock<InsertionClass>,
+    lending: lending::Lending,
     /// An ordered extent has ended, well or not.
     progress: Signal,
     stopped: Cell<bool>,
@@ -159,6 +162,7 @@ impl DataState {
             ordered_pages: Cell::new(0),
             ordered_freed: Signal::default(),
             insertion: WholeLock::new(InodeNr::new(0)),
+            lending: lending::Lending::default(),
             progress: Signal::default(),
             stopped: Cell::new(false),
             write_errors: Cell::new(0),

@@ -15,7 +15,7 @@ use reactor::Context;
 
 use crate::alloc::read_group;
 use crate::disk::{UnsupportedDevice, VolumeDisk};
-use crate::format::extent::{BACKREF, EXTENT, PHYSICAL, RUN};
+use crate::format::extent::{BACKREF, EXTENT, PHYSICAL, RETURN, RUN};
 use crate::format::group::VolumeLayout;
 use crate::format::items::{DIR_HASH, DIR_SEQ, INODE, INTENT, SYMLINK, XATTR};
 use crate::format::node::{Expected, ItemKind, Key, KeyBounds};
@@ -34,6 +34,7 @@ const KINDS: &[(&str, ItemKind)] = &[
     ("extent", EXTENT),
     ("run", RUN),
     ("backref", BACKREF),
+    ("return", RETURN),
 ];
 
 /// The kind of items with this name, such as `inode` or `dir-seq`.

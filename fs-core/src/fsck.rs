@@ -7,6 +7,7 @@
 //! | groups | every bitmap | checksums, owners, the digest in the superblock |
 //! | trees | every node of every shard, in key order | nodes against their parents; items against their keys; every inode against its record; runs against references; marks every block reached |
 //! | details | the same again, if extents and back-references, or the two kinds of directory entries, differ | which ones |
+//! | loans | memory | what is lent against what is borrowed, across shards |
 //! | names | memory | links, kinds, parents, cycles, intents, across shards |
 //! | space | every bitmap again | marked = reached |
 //!
@@ -21,6 +22,7 @@
 //! Excludes: repair.
 
 mod finding;
+mod lending;
 mod names;
 mod pairs;
 mod physical;
@@ -40,6 +42,7 @@ use crate::tree::{NODE_BLOCKS, Walk};
 use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, InodeNr, ShardId};
 
 use finding::Findings;
+use lending::Accounts;
 use names::Names;
 use pairs::{BUCKETS, DigestKey, Pairs, Reference};
 use physical::{RunNature, Sweep};
@@ -179,6 +182,7 @@ pub async fn check_with(
         space,
         names: Names::new(shards),
         pairs: Pairs::new(key),
+        loans: Accounts::default(),
         counts: Counts { shards: u64::from(shards), groups: superblock.layout.groups(), ..Counts::default() },
         differing: Vec::new(),
         key,
@@ -191,6 +195,7 @@ pub async fn check_with(
     checker.counts.used_blocks = checker.space.marked();
     if checker.complete {
         checker.find_details(progress).await;
+        std::mem::take(&mut checker.loans).compare(&mut checker.findings);
         progress(report(Phase::Names, 0, None));
         std::mem::take(&mut checker.names).check(&mut checker.findings);
         let mut space_progress = |done, total| progress(report(Phase::Space, done, Some(total)));
@@ -211,6 +216,7 @@ struct Checker<'a> {
     space: SpaceMap,
     names: Names,
     pairs: Pairs,
+    loans: Accounts,
     counts: Counts,
     differing: Vec<InodeNr>,
     key: DigestKey,
@@ -328,6 +334,8 @@ fn tables<'a>(checker: &'a mut Checker<'_>) -> Tables<'a> {
         space: &mut checker.space,
         names: &mut checker.names,
         pairs: &mut checker.pairs,
+        loans: &mut checker.loans,
+        shards: checker.superblock.shard_count(),
         counts: &mut checker.counts,
         differing: &mut checker.differing,
         key: &checker.key,

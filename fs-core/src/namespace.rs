@@ -39,7 +39,7 @@ mod remove;
 mod rename;
 mod serve;
 mod state;
-mod transaction;
+pub(crate) mod transaction;
 pub(crate) mod xattr;
 
 #[cfg(test)]

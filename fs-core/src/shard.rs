@@ -211,6 +211,7 @@ impl Shard {
             }
             PeerCall::FinishDeletions => {
                 self.finish_deletions().await;
+                self.finish_returns().await;
                 Ok(PeerReply::Done)
             }
             PeerCall::SurrenderGroup => Ok(PeerReply::Transfer(self.alloc.borrow_mut().surrender())),
@@ -224,6 +225,7 @@ impl Shard {
                 Ok(PeerReply::Done)
             }
             PeerCall::Namespace(call) => Ok(PeerReply::Namespace(self.answer_namespace(call).await?)),
+            PeerCall::Lending(call) => Ok(PeerReply::Lending(self.answer_lending(call).await?)),
         }
     }
 

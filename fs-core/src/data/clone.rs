@@ -24,8 +24,7 @@
 //! All of a clone or nothing of it, whatever its length: a mount that finds an `Intent::Clone` moves back what was set
 //! aside, before it serves the file. A failure (no space, a damaged node) does the same at once.
 //!
-//! Excludes: clones between shards, whose blocks would belong to another shard's groups
-//! ([`FsError::NotSupported`]; a copy takes their place, in `data/copy.rs`).
+//! Excludes: what is different when the source lives on another shard (`clone/cross.rs`).
 
 use std::ops::Range;
 use std::rc::Rc;
@@ -49,6 +48,8 @@ use super::extent_map::{
 };
 use super::file::pages_of;
 use super::page::PAGE_SIZE;
+
+mod cross;
 
 /// Items of one transaction of a clone, the inode and the intent not counted.
 const SLICE_ITEMS: u32 = 96;
@@ -113,13 +114,12 @@ struct CloneLocks {
 }
 
 impl Shard {
-    /// Makes a range of the target the same as a range of the source by sharing its blocks. Both files are this shard's.
+    /// Makes a range of the target, a file of this shard, the same as a range of the source by sharing its blocks.
     ///
     /// # Errors
     /// [`FsError::Invalid`] for ranges that overlap in one file, reach beyond the source's end, or are not of whole
-    /// blocks (but for an end that is the source's and not inside the target); [`FsError::NotSupported`] if the files
-    /// are of different shards; [`FsError::FileTooLarge`]; what the inodes are; [`FsError::NoSpace`]; failures of the
-    /// device. Nothing has changed then.
+    /// blocks (but for an end that is the source's and not inside the target); [`FsError::FileTooLarge`]; what the
+    /// inodes are; [`FsError::NoSpace`]; failures of the device. Nothing has changed then.
     pub(crate) async fn clone_range(self: &Rc<Self>, clone: CloneRange) -> Result<Cloned, FsError> {
         let cloned = self.share_blocks(clone, Purpose::Clone).await?;
         Ok(cloned.unwrap_or_default())
@@ -138,8 +138,11 @@ impl Shard {
         clone: CloneRange,
         purpose: Purpose,
     ) -> Result<Option<Cloned>, FsError> {
-        if clone.source.shard() != self.id || clone.target.shard() != self.id {
-            return Err(FsError::NotSupported);
+        if clone.target.shard() != self.id {
+            return Err(FsError::NotFound); // requests are sent to the target's shard
+        }
+        if clone.source.shard() != self.id {
+            return self.share_across(clone, purpose).await;
         }
         let source = self.inode(clone.source);
         let target = self.inode(clone.target);
@@ -161,7 +164,8 @@ impl Shard {
         self.drain();
         self.apply_pending(source, &locks.order, MmapLock::Held).await?;
         self.apply_pending(target, &locks.order, MmapLock::Held).await?;
-        let Some(job) = self.plan_job(source, target, clone, purpose).await? else {
+        let source_size = self.visible_size(source.nr).await?;
+        let Some(job) = self.plan_job(source_size, target, clone, purpose).await? else {
             return Ok(Some(Cloned::default()));
         };
         if purpose == Purpose::Deduplicate && !self.is_same(source, target, &job).await? {
@@ -170,11 +174,16 @@ impl Shard {
         let range = self.lock_for_sharing(source, target, &job, &locks.order).await?;
         let extents = self.share_range(target, &job).await?;
         drop(range);
-        if let Err(error) = self.drop_set_aside(target.nr).await {
-            // The clone stands; the next one to this file, or the next mount, tries again.
-            tracing::warn!(inode = %target.nr, %error, "what a clone replaced is not dropped yet");
+        Ok(Some(self.end_clone(&job, extents).await))
+    }
+
+    /// What follows a clone that stands.
+    async fn end_clone(&self, job: &Job, extents: u64) -> Cloned {
+        if let Err(error) = self.drop_set_aside(job.target).await {
+            // The next clone to this file, or the next mount, tries again.
+            tracing::warn!(inode = %job.target, %error, "what a clone replaced is not dropped yet");
         }
-        Ok(Some(Cloned { bytes: job.end - job.range.start, extents }))
+        Cloned { bytes: job.end - job.range.start, extents }
     }
 
     /// Whether both ranges hold the same bytes. They are written back first; what is accepted meanwhile is applied
@@ -201,7 +210,7 @@ impl Shard {
     }
 
     /// What the device has of a range of whole blocks, verified.
-    async fn bytes_on_device(&self, inode: InodeNr, range: &Range<u64>) -> Result<Vec<u8>, FsError> {
+    pub(super) async fn bytes_on_device(&self, inode: InodeNr, range: &Range<u64>) -> Result<Vec<u8>, FsError> {
         let segments = self.view(|batch| data_segments(batch, inode, range.clone())).await?;
         let mut bytes = vec![0; (range.end - range.start) as usize];
         let first = range.start / BLOCK_SIZE;
@@ -232,16 +241,13 @@ impl Shard {
     /// Checks the ranges against the files, which are locked; `None` if there is nothing to do.
     async fn plan_job(
         &self,
-        source: &Inode,
+        source_size: u64,
         target: &Inode,
         clone: &CloneRange,
         purpose: Purpose,
     ) -> Result<Option<Job>, FsError> {
         let (from, to) = (clone.source_offset.get(), clone.target_offset.get());
-        let (source_record, target_record) =
-            self.view(|batch| Ok((load_regular(batch, source.nr)?, load_regular(batch, target.nr)?))).await?;
-        let source_size = source.data.borrow().size(source_record.size);
-        let target_size = target.data.borrow().size(target_record.size);
+        let target_size = self.visible_size(target.nr).await?;
         let length = match clone.length {
             0 => source_size.checked_sub(from).ok_or(FsError::Invalid)?,
             length => length,
@@ -258,13 +264,13 @@ impl Shard {
         let aligned = from.is_multiple_of(BLOCK_SIZE)
             && to.is_multiple_of(BLOCK_SIZE)
             && (length.is_multiple_of(BLOCK_SIZE) || at_end);
-        let overlap = source.nr == target.nr && from < target_end && to < source_end;
+        let overlap = clone.source == target.nr && from < target_end && to < source_end;
         let beyond = purpose == Purpose::Deduplicate && target_end > target_size;
         if !aligned || overlap || beyond {
             return Err(FsError::Invalid);
         }
         let range = to..target_end.next_multiple_of(BLOCK_SIZE);
-        let job = Job { purpose, source: source.nr, from, target: target.nr, range, end: target_end };
+        let job = Job { purpose, source: clone.source, from, target: target.nr, range, end: target_end };
         Ok((length > 0).then_some(job))
     }
 
@@ -277,15 +283,11 @@ impl Shard {
         order: &LockOrder,
     ) -> Result<RangeGuard, FsError> {
         let source_range = job.source_range(&job.range);
-        let busy = |inode: &Inode, range: &Range<u64>| {
-            let (data, pages) = (inode.data.borrow(), pages_of(range));
-            data.has_ordered(&pages) || data.next_dirty(pages.start).is_some_and(|run| run.start < pages.end)
-        };
         for _ in 0..FLUSH_ROUNDS {
             self.flush_range(source, &source_range).await?;
             self.flush_range(target, &job.range).await?;
             let guard = target.ranges.exclusive(job.range.clone(), &mut order.clone()).await;
-            if !busy(source, &source_range) && !busy(target, &job.range) {
+            if source.is_settled(&source_range) && target.is_settled(&job.range) {
                 return Ok(guard);
             }
         }
@@ -324,6 +326,11 @@ impl Shard {
             // Slices are short; between them the shard serves others.
             self.ctx.yield_now().await;
         }
+        self.end_slices(target, job, progress).await
+    }
+
+    /// Commits a long clone whose slices are all there.
+    async fn end_slices(&self, target: &Rc<Inode>, job: &Job, progress: Progress) -> Result<u64, FsError> {
         let ended = self.transact(Credit::reserve(HEAD_ITEMS), |batch| plan_end(batch, target, job)).await;
         match ended {
             Ok(ended) => {

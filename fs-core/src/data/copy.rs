@@ -15,6 +15,7 @@ use crate::shard::message::{PeerCall, PeerReply};
 use crate::types::{BLOCK_SIZE, InodeNr};
 
 use super::apply::load_regular;
+use super::lending::{LendingCall, LendingReply, misanswered};
 use super::queue::MAX_WRITE;
 
 impl Shard {
@@ -49,22 +50,32 @@ impl Shard {
     /// The part of `range` that a clone can do, from its beginning on.
     async fn shareable(&self, range: &CloneRange) -> Result<Option<CloneRange>, FsError> {
         let (from, to) = (range.source_offset.get(), range.target_offset.get());
-        let possible = range.source.shard() == self.id
-            && from.is_multiple_of(BLOCK_SIZE)
+        let possible = from.is_multiple_of(BLOCK_SIZE)
             && to.is_multiple_of(BLOCK_SIZE)
             && to.checked_add(range.length).is_some();
         if !possible {
             return Ok(None);
         }
         let (source, target) =
-            (self.visible_size(range.source).await?, self.visible_size(range.target).await?);
+            (self.size_anywhere(range.source).await?, self.visible_size(range.target).await?);
         let length = range.length.min(source.saturating_sub(from));
         let whole_end = from + length == source && to + length >= target;
         let length = if whole_end { length } else { length - length % BLOCK_SIZE };
         Ok((length > 0).then_some(CloneRange { length, ..*range }))
     }
 
-    async fn visible_size(&self, nr: InodeNr) -> Result<u64, FsError> {
+    async fn size_anywhere(&self, nr: InodeNr) -> Result<u64, FsError> {
+        if nr.shard() == self.id {
+            return self.visible_size(nr).await;
+        }
+        match self.ask_lending(nr.shard(), LendingCall::Size(nr)).await? {
+            LendingReply::Size(size) => Ok(size),
+            other => Err(misanswered(&other)),
+        }
+    }
+
+    /// The size of a file of this shard as programs see it.
+    pub(super) async fn visible_size(&self, nr: InodeNr) -> Result<u64, FsError> {
         let stored = self.view(|batch| load_regular(batch, nr)).await?.size;
         Ok(self.inode_in_use(nr).map_or(stored, |inode| inode.data.borrow().size(stored)))
     }

@@ -14,8 +14,8 @@ use std::ops::Range;
 use crate::batch::{Batch, Interrupt, Plan};
 use crate::error::FsError;
 use crate::format::extent::{
-    Backref, EXTENT, Extent, ExtentKind, MAX_RUN_BLOCKS, Run, backref_key, check_extent_offset, extent_key,
-    run_key,
+    Backref, EXTENT, Extent, ExtentKind, MAX_RUN_BLOCKS, Return, Run, backref_key, check_extent_offset,
+    extent_key, return_key, run_key,
 };
 use crate::tree::Key;
 use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, Generation, InodeNr};
@@ -142,11 +142,12 @@ pub(crate) fn data_segments(batch: &Batch<'_>, inode: InodeNr, range: Range<u64>
     Ok(segments)
 }
 
-/// Whether another extent covers a block of `mapped` too.
+/// Whether another extent, here or in another shard, covers a block of `mapped` too.
 pub(crate) fn is_shared(batch: &Batch<'_>, inode: InodeNr, mapped: &Mapped) -> Plan<bool> {
     let mut runs = Runs::of(batch, inode, mapped);
     while runs.position < mapped.extent.blocks.get() {
-        if runs.next()?.2.references > 1 {
+        let run = runs.next()?.2;
+        if run.references > 1 || run.lender.is_some() {
             return Ok(true);
         }
     }
@@ -243,17 +244,22 @@ fn drop_piece(
     Ok(mapped.offset + reached * BLOCK_SIZE)
 }
 
-/// Takes one reference from the blocks `range` of a run, which is split for it.
+/// Takes one reference from the blocks `range` of a run, which is split for it. Blocks without any are freed, or go back
+/// to their lender.
 fn drop_reference(batch: &mut Batch<'_>, start: BlockNr, run: &Run, range: Range<u64>) {
     batch.delete(run_key(start));
     put_run_around(batch, start, run, &range);
     let first = block_at(start, range.start);
     let mut part = run.part(range.start, range.end);
     part.references -= 1;
-    if part.references == 0 {
-        batch.free_blocks(first, part.blocks);
-    } else {
-        batch.put(run_key(first), part.encode());
+    match part.lender {
+        _ if part.references > 0 => batch.put(run_key(first), part.encode()),
+        None => batch.free_blocks(first, part.blocks),
+        Some(lender) => {
+            let back = Return { blocks: part.blocks, generation: part.generation };
+            batch.put(return_key(lender, first), back.encode());
+            batch.note_return();
+        }
     }
 }
 
@@ -300,6 +306,7 @@ pub(crate) fn insert_extent(batch: &mut Batch<'_>, inode: InodeNr, offset: u64, 
     let kind = if new.checksums.is_empty() { ExtentKind::Preallocated } else { ExtentKind::Data };
     let run = Run {
         blocks: new.blocks,
+        lender: None,
         references: 1,
         generation: new.generation,
         checksums: new.checksums.to_vec(),
@@ -407,6 +414,7 @@ fn damaged(what: &str, block: BlockNr, inode: InodeNr) -> FsError {
     FsError::Damaged { what: what.to_owned(), block: Some(block), inode: Some(inode) }
 }
 
+pub(crate) mod lend;
 mod share;
 #[cfg(test)]
 mod tests;

@@ -118,6 +118,7 @@ impl Shard {
         self.data.stopped.set(true);
         self.data.shared.wake_background();
         self.data.progress.notify();
+        self.stop_lending();
     }
 
     /// Makes ordered extents of the dirty pages of `range`, those that exist now and as each is reached.

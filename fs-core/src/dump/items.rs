@@ -8,7 +8,7 @@ use std::fmt::Write;
 
 use reactor::WallTime;
 
-use crate::format::extent::{self, BACKREF, Backref, EXTENT, Extent, ExtentError, RUN, Run};
+use crate::format::extent::{self, BACKREF, Backref, EXTENT, Extent, ExtentError, RETURN, RUN, Return, Run};
 use crate::format::items::{
     DIR_HASH, DIR_SEQ, HashEntry, INODE, INTENT, InodeRecord, Intent, ItemError, SYMLINK, SequenceEntry,
     XATTR, Xattr,
@@ -83,6 +83,9 @@ pub(super) fn describe(key: &Key, value: &[u8]) -> Result<String, Undescribed> {
                 run.references,
                 run.generation
             );
+            if let Some(lender) = run.lender {
+                let _ = write!(text, ", borrowed from shard {lender}");
+            }
             for checksum in run.checksums.iter().take(MAX_CHECKSUMS) {
                 let _ = write!(text, " {checksum:08x}");
             }
@@ -90,6 +93,11 @@ pub(super) fn describe(key: &Key, value: &[u8]) -> Result<String, Undescribed> {
                 let _ = write!(text, " and {} more", run.checksums.len() - MAX_CHECKSUMS);
             }
             text
+        }
+        (RETURN, None) => {
+            let back = Return::decode(value)?;
+            let (lender, start) = extent::return_of_key(key, back.blocks)?;
+            format!("block {start} + {} to shard {lender}, generation {}", back.blocks, back.generation)
         }
         (BACKREF, Some(start)) => {
             let backref = Backref::decode(value)?;

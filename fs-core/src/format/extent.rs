@@ -5,9 +5,10 @@
 //!
 //! | item | key (object, kind, offset, minor) | value |
 //! |---|---|---|
-//! | extent | inode (or [`SET_ASIDE`] + inode), [`EXTENT`], file offset in bytes, 0 | [`RawExtent`] |
+//! | extent | inode (or [`SET_ASIDE`] + inode, or [`lent_to`]), [`EXTENT`], file offset in bytes, 0 | [`RawExtent`] |
 //! | run | [`PHYSICAL`] + first block, [`RUN`], 0, 0 | [`RawRun`], then the CRC32C of each block (none if preallocated) |
 //! | back-reference | [`PHYSICAL`] + first block, [`BACKREF`], inode, file offset in bytes | [`RawBackref`] |
+//! | return | 0, [`RETURN`], lender, first block | [`RawReturn`] |
 //!
 //! Invariants (checked by `fsck`, relied upon nowhere without a check):
 //! - extents of an inode do not overlap; what no extent covers is a hole; offsets are multiples of the block size;
@@ -22,6 +23,17 @@
 //! - extents set aside exist only while their inode has an intent `Clone` or `DropReplaced`; in everything else they
 //!   are extents like others.
 //!
+//! # Blocks of another shard
+//! A shard lends blocks to another one as it would share them with a file: the borrower is an object of its own
+//! ([`lent_to`]) in the lender's tree, whose extents lie at the offsets that their blocks have on the device, so that a
+//! block is lent to a shard at most once. The borrower has a run of its own for what it has borrowed, with checksums, and
+//! counts its own references in it: its reads, clones and writes never ask the lender. When its last reference goes, the
+//! run becomes a *return* in the same transaction, which ends after the lender has dropped the borrower's extent.
+//!
+//! - the blocks that are lent to a shard are those of its borrowed runs and of its returns, but for returns that the
+//!   lender has taken back already;
+//! - generations and checksums of a borrowed run are those of the lender's.
+//!
 //! Every byte is input: decoding never panics and never allocates more than the value's own length.
 //!
 //! # Legal crash outcomes
@@ -31,12 +43,12 @@
 //!
 //! Excludes: the changes themselves (`data/extent_map.rs`), the bitmap of free blocks.
 
-use zerocopy::byteorder::little_endian::{U32, U64};
+use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::error::FsError;
 use crate::tree::{ItemKind, Key};
-use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, Generation, InodeNr};
+use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, Generation, InodeNr, ShardId};
 
 /// Kind of a file extent.
 pub const EXTENT: ItemKind = ItemKind::new(0x30);
@@ -44,6 +56,8 @@ pub const EXTENT: ItemKind = ItemKind::new(0x30);
 pub const RUN: ItemKind = ItemKind::new(0x80);
 /// Kind of a back-reference.
 pub const BACKREF: ItemKind = ItemKind::new(0x84);
+/// Kind of a return.
+pub const RETURN: ItemKind = ItemKind::new(0x0c);
 
 /// Set in the object of items that belong to a block of the volume; the rest is the block's number.
 pub const PHYSICAL: u64 = 1 << 63;
@@ -72,6 +86,9 @@ pub enum ExtentError {
     /// Reserved bytes are not zero.
     #[error("reserved bytes are not zero")]
     Reserved,
+    /// A lender that cannot be a shard.
+    #[error("impossible lender")]
+    Lender,
     /// A block number beyond what a key can name, or a file offset that is no multiple of the block size or too
     /// large.
     #[error("impossible position")]
@@ -106,7 +123,9 @@ pub struct RawExtent {
 #[repr(C)]
 pub struct RawRun {
     /// Blocks.
-    pub blocks: U32,
+    pub blocks: U16,
+    /// 0: the blocks are this shard's own; else 1 + the shard that they are borrowed from.
+    pub lender: U16,
     /// Extents that cover the run.
     pub references: U32,
     /// The epoch in which the blocks were allocated.
@@ -123,6 +142,19 @@ pub struct RawBackref {
     pub reserved: [u8; 4],
 }
 
+/// Blocks to be given back to their lender, as stored.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct RawReturn {
+    /// Blocks.
+    pub blocks: U32,
+    /// Zero.
+    pub reserved: [u8; 4],
+    /// The epoch in which the blocks were allocated.
+    pub generation: U64,
+}
+
+const _: () = assert!(size_of::<RawReturn>() == 16 && std::mem::offset_of!(RawReturn, generation) == 8);
 const _: () = assert!(size_of::<RawExtent>() == 24 && std::mem::offset_of!(RawExtent, kind) == 20);
 const _: () = assert!(size_of::<RawRun>() == 16 && std::mem::offset_of!(RawRun, generation) == 8);
 const _: () = assert!(size_of::<RawBackref>() == 8);
@@ -164,7 +196,7 @@ impl Extent {
             2 => ExtentKind::Preallocated,
             _ => return Err(ExtentError::Kind),
         };
-        let blocks = checked_blocks(raw.blocks)?;
+        let blocks = checked_blocks(raw.blocks.get())?;
         let start = checked_start(raw.start.get(), blocks)?;
         Ok(Self { kind, start, blocks, generation: Generation::new(raw.generation.get()) })
     }
@@ -191,6 +223,8 @@ impl Extent {
 pub(crate) struct Run {
     /// Blocks, 1 to [`MAX_RUN_BLOCKS`].
     pub(crate) blocks: BlockCount,
+    /// The shard that the blocks are borrowed from; `None` if they are this shard's own.
+    pub(crate) lender: Option<ShardId>,
     /// Extents that cover the run, at least 1.
     pub(crate) references: u32,
     /// The epoch in which the blocks were allocated.
@@ -206,7 +240,14 @@ impl Run {
     /// What is wrong with it.
     pub(crate) fn decode(value: &[u8]) -> Result<Self, ExtentError> {
         let (raw, rest) = RawRun::read_from_prefix(value).map_err(|_| ExtentError::Length)?;
-        let blocks = checked_blocks(raw.blocks)?;
+        let blocks = checked_blocks(raw.blocks.get().into())?;
+        let lender = match raw.lender.get() {
+            0 => None,
+            shard => {
+                let shard = u8::try_from(shard - 1).ok().and_then(ShardId::new);
+                Some(shard.ok_or(ExtentError::Lender)?)
+            }
+        };
         if raw.references.get() == 0 {
             return Err(ExtentError::References);
         }
@@ -214,8 +255,12 @@ impl Run {
         if !checksums.is_empty() && checksums.len() as u64 != blocks.get() {
             return Err(ExtentError::Length);
         }
+        if lender.is_some() && checksums.is_empty() {
+            return Err(ExtentError::Lender); // preallocated blocks are never lent
+        }
         Ok(Self {
             blocks,
+            lender,
             references: raw.references.get(),
             generation: Generation::new(raw.generation.get()),
             checksums: checksums.iter().map(|checksum| checksum.get()).collect(),
@@ -224,8 +269,10 @@ impl Run {
 
     /// The run as it is stored.
     pub(crate) fn encode(&self) -> Vec<u8> {
+        let blocks = u16::try_from(self.blocks.get()).expect("a run has at most MAX_RUN_BLOCKS blocks");
         let raw = RawRun {
-            blocks: stored_blocks(self.blocks),
+            blocks: blocks.into(),
+            lender: self.lender.map_or(0, |shard| 1 + u16::from(shard.get())).into(),
             references: self.references.into(),
             generation: self.generation.get().into(),
         };
@@ -270,13 +317,57 @@ impl Backref {
         if raw.reserved != [0; 4] {
             return Err(ExtentError::Reserved);
         }
-        Ok(Self { blocks: checked_blocks(raw.blocks)? })
+        Ok(Self { blocks: checked_blocks(raw.blocks.get())? })
     }
 
     /// The back-reference as it is stored.
     pub(crate) fn encode(&self) -> Vec<u8> {
         RawBackref { blocks: stored_blocks(self.blocks), reserved: [0; 4] }.as_bytes().to_vec()
     }
+}
+
+/// Blocks that are to be given back to their lender.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Return {
+    /// Blocks, 1 to [`MAX_RUN_BLOCKS`].
+    pub(crate) blocks: BlockCount,
+    /// The epoch in which the blocks were allocated.
+    pub(crate) generation: Generation,
+}
+
+impl Return {
+    /// Checks a stored return.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(crate) fn decode(value: &[u8]) -> Result<Self, ExtentError> {
+        let raw = RawReturn::read_from_bytes(value).map_err(|_| ExtentError::Length)?;
+        if raw.reserved != [0; 4] {
+            return Err(ExtentError::Reserved);
+        }
+        let blocks = checked_blocks(raw.blocks.get())?;
+        Ok(Self { blocks, generation: Generation::new(raw.generation.get()) })
+    }
+
+    /// The return as it is stored.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let (blocks, generation) = (stored_blocks(self.blocks), self.generation.get().into());
+        RawReturn { blocks, reserved: [0; 4], generation }.as_bytes().to_vec()
+    }
+}
+
+/// Key of the return of blocks from `start` on to `lender`.
+pub(crate) fn return_key(lender: ShardId, start: BlockNr) -> Key {
+    Key::new(0, RETURN, lender.get().into(), start.get())
+}
+
+/// Lender and first block of a return, by its key.
+///
+/// # Errors
+/// [`ExtentError::Lender`] or [`ExtentError::Position`] if the key is none of a return.
+pub(crate) fn return_of_key(key: &Key, blocks: BlockCount) -> Result<(ShardId, BlockNr), ExtentError> {
+    let lender = u8::try_from(key.offset).ok().and_then(ShardId::new).ok_or(ExtentError::Lender)?;
+    Ok((lender, checked_start(key.minor, blocks)?))
 }
 
 /// Key of the extent of `inode` at file offset `offset` in bytes.
@@ -291,7 +382,24 @@ pub(crate) fn set_aside_of(inode: InodeNr) -> InodeNr {
 
 /// The inode whose replaced contents `object` keeps, if it is such an object.
 pub(crate) fn owner_of_set_aside(object: InodeNr) -> Option<InodeNr> {
-    (object.get() & SET_ASIDE != 0).then(|| InodeNr::new(object.get() & !SET_ASIDE))
+    let owner = InodeNr::new(object.get() & !SET_ASIDE);
+    (object.get() & SET_ASIDE != 0 && owner.sequence() > 0).then_some(owner)
+}
+
+/// The object that has, in the lender's tree, what is lent to `borrower`: no inode has the sequence number 0.
+pub(crate) fn lent_to(borrower: ShardId) -> InodeNr {
+    InodeNr::new(SET_ASIDE | u64::from(borrower.get()))
+}
+
+/// The shard that `object` has borrowed for, if it is such an object.
+pub(crate) fn borrower_of(object: InodeNr) -> Option<ShardId> {
+    let owner = InodeNr::new(object.get() & !SET_ASIDE);
+    (object.get() & SET_ASIDE != 0 && owner.sequence() == 0).then(|| owner.shard())
+}
+
+/// Where the extent of lent blocks lies in the object of their borrower.
+pub(crate) fn lent_offset(start: BlockNr) -> u64 {
+    start.get() * BLOCK_SIZE
 }
 
 /// Key of the run that begins at `start`.
@@ -321,8 +429,8 @@ pub(crate) fn check_extent_offset(offset: u64, blocks: BlockCount) -> Result<(),
     Err(ExtentError::Position)
 }
 
-fn checked_blocks(blocks: U32) -> Result<BlockCount, ExtentError> {
-    let blocks = u64::from(blocks.get());
+fn checked_blocks(blocks: u32) -> Result<BlockCount, ExtentError> {
+    let blocks = u64::from(blocks);
     if (1..=MAX_RUN_BLOCKS).contains(&blocks) {
         Ok(BlockCount::new(blocks))
     } else {
@@ -350,7 +458,8 @@ mod tests {
             ExtentKind::Data => (0..blocks as u32).map(|block| block.wrapping_mul(0x9e37_79b9)).collect(),
             ExtentKind::Preallocated => Vec::new(),
         };
-        Run { blocks: BlockCount::new(blocks), references: 3, generation: Generation::new(9), checksums }
+        let (blocks, generation) = (BlockCount::new(blocks), Generation::new(9));
+        Run { blocks, lender: None, references: 3, generation, checksums }
     }
 
     #[test]
@@ -369,6 +478,25 @@ mod tests {
         }
         let backref = Backref { blocks: BlockCount::new(1) };
         assert_eq!(Backref::decode(&backref.encode()), Ok(backref));
+        let borrowed = Run { lender: ShardId::new(63), ..run(4, ExtentKind::Data) };
+        assert_eq!(Run::decode(&borrowed.encode()).as_ref(), Ok(&borrowed));
+        assert_eq!(borrowed.part(1, 2).lender, ShardId::new(63));
+        let returned = Return { blocks: BlockCount::new(7), generation: Generation::new(5) };
+        assert_eq!(Return::decode(&returned.encode()), Ok(returned));
+    }
+
+    #[test]
+    fn objects_of_borrowers_and_of_what_is_set_aside_are_told_apart() {
+        let shard = ShardId::new(63).unwrap();
+        let inode = InodeNr::from_parts(shard, 1).unwrap();
+        for (object, owner, borrower) in [
+            (inode, None, None),
+            (set_aside_of(inode), Some(inode), None),
+            (lent_to(shard), None, Some(shard)),
+            (lent_to(ShardId::FIRST), None, Some(ShardId::FIRST)),
+        ] {
+            assert_eq!((owner_of_set_aside(object), borrower_of(object)), (owner, borrower));
+        }
     }
 
     #[test]
@@ -401,6 +529,17 @@ mod tests {
         let mut unreferenced = run(2, ExtentKind::Data);
         unreferenced.references = 0;
         assert_eq!(Run::decode(&unreferenced.encode()), Err(ExtentError::References));
+        let lent = |kind, lender: u8| {
+            let mut value = run(2, kind).encode();
+            value[2] = lender;
+            Run::decode(&value)
+        };
+        assert_eq!(lent(ExtentKind::Data, 65), Err(ExtentError::Lender));
+        assert_eq!(lent(ExtentKind::Preallocated, 1), Err(ExtentError::Lender));
+        assert_eq!(Return::decode(&[1; 16]), Err(ExtentError::Reserved));
+        let returned = |lender, start| return_of_key(&Key::new(0, RETURN, lender, start), BlockCount::new(1));
+        assert_eq!(returned(64, 1), Err(ExtentError::Lender));
+        assert_eq!(returned(0, u64::MAX), Err(ExtentError::Position));
         let value = run(2, ExtentKind::Data).encode();
         assert_eq!(Run::decode(&value[..value.len() - 4]), Err(ExtentError::Length));
         assert_eq!(Run::decode(&value[..value.len() - 3]), Err(ExtentError::Length));
@@ -419,6 +558,9 @@ mod tests {
             }
             if let Ok(backref) = Backref::decode(&value) {
                 prop_assert_eq!(backref.encode(), &value[..]);
+            }
+            if let Ok(returned) = Return::decode(&value) {
+                prop_assert_eq!(returned.encode(), &value[..]);
             }
         }
     }

@@ -152,6 +152,11 @@ findings! {
     /// Extent and run differ in generation or kind.
     ExtentMismatch { inode: InodeNr, offset: u64, start: BlockNr } =>
         "inode {inode}: the extent at {offset} and its run at block {start} differ in generation or kind",
+    /// What one shard has lent is not what the other one has borrowed.
+    Lending { lender: ShardId, borrower: ShardId, group: u64, lent: u64, borrowed: u64 } =>
+        "group {group}: shard {lender} has lent shard {borrower} {lent} blocks, which accounts for {borrowed}, or for others",
+    /// A loan of a shard to itself, or of a shard that does not exist, or not at its place.
+    StrayLoan { shard: ShardId, key: Key } => "shard {shard}: item {key} lends or borrows what cannot be",
     /// Data does not match its checksum.
     DataChecksum { block: BlockNr, expected: u32, found: u32 } =>
         "data block {block}: checksum is {found:#010x}, expected {expected:#010x}",

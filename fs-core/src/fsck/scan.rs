@@ -6,7 +6,7 @@
 //!
 //! Excludes: reading nodes, links between inodes (`names.rs`).
 
-use crate::format::extent::{self, BACKREF, Backref, EXTENT, Extent, ExtentKind, RUN, Run};
+use crate::format::extent::{self, BACKREF, Backref, EXTENT, Extent, ExtentKind, RETURN, RUN, Return, Run};
 use crate::format::items::{
     DIR_HASH, DIR_SEQ, FIRST_SEQUENCE, HashEntry, INODE, INTENT, InodeRecord, Intent, SYMLINK, SequenceEntry,
     XATTR, Xattr,
@@ -14,9 +14,10 @@ use crate::format::items::{
 use crate::format::node::Key;
 use crate::namespace::directory::name_hash;
 use crate::request::FileKind;
-use crate::types::{BLOCK_SIZE, BlockNr, InodeNr, ShardId};
+use crate::types::{BLOCK_SIZE, BlockNr, Generation, InodeNr, ShardId};
 
 use super::finding::{Finding, Findings, User};
+use super::lending::{Accounts, Loan};
 use super::names::{InodeSummary, Intents, NameReference, Names};
 use super::pairs::{DigestKey, Pairs, Reference, SetDigest};
 use super::physical::{RunNature, Sweep};
@@ -29,6 +30,8 @@ pub(super) struct Tables<'a> {
     pub(super) space: &'a mut SpaceMap,
     pub(super) names: &'a mut Names,
     pub(super) pairs: &'a mut Pairs,
+    pub(super) loans: &'a mut Accounts,
+    pub(super) shards: u8,
     pub(super) counts: &'a mut Counts,
     /// Directories of which the two kinds of entries differ.
     pub(super) differing: &'a mut Vec<InodeNr>,
@@ -112,6 +115,9 @@ impl Scan {
     }
 
     fn intent_item(&mut self, key: Key, value: &[u8], tables: &mut Tables<'_>) {
+        if key.kind == RETURN {
+            return self.return_item(key, value, tables);
+        }
         if key.kind != INTENT {
             tables.findings.add(Finding::UnknownItem { shard: self.shard, key });
             return;
@@ -129,6 +135,36 @@ impl Scan {
         }
     }
 
+    fn return_item(&mut self, key: Key, value: &[u8], tables: &mut Tables<'_>) {
+        let decoded = Return::decode(value).and_then(|back| {
+            let (lender, start) = extent::return_of_key(&key, back.blocks)?;
+            Ok((lender, start, back))
+        });
+        match decoded {
+            Ok((lender, start, back)) => {
+                self.borrowed(key, lender, (start, back.blocks.get()), back.generation, tables);
+            }
+            Err(error) => tables.findings.add(Finding::ExtentItem { shard: self.shard, key, error }),
+        }
+    }
+
+    /// This shard says that it has borrowed blocks.
+    fn borrowed(
+        &self,
+        key: Key,
+        lender: ShardId,
+        blocks: (BlockNr, u64),
+        generation: Generation,
+        tables: &mut Tables<'_>,
+    ) {
+        if lender == self.shard || lender.get() >= tables.shards {
+            return tables.findings.add(Finding::StrayLoan { shard: self.shard, key });
+        }
+        let (borrower, group) = (self.shard, tables.space.group_of(blocks.0));
+        let loan = Loan { lender, borrower, group, start: blocks.0, blocks: blocks.1, generation };
+        tables.loans.borrowed(tables.key, &loan);
+    }
+
     fn physical_item(&mut self, key: Key, start: BlockNr, value: &[u8], tables: &mut Tables<'_>) {
         let shard = self.shard;
         if key.kind == RUN {
@@ -141,6 +177,10 @@ impl Scan {
                     let preallocated = u64::from(run.kind() == ExtentKind::Preallocated);
                     let nature = RunNature { generation: run.generation.get(), preallocated };
                     self.sweep.run(start, run.blocks, run.references, nature, tables.findings);
+                    if let Some(lender) = run.lender {
+                        let blocks = (start, run.blocks.get());
+                        return self.borrowed(key, lender, blocks, run.generation, tables);
+                    }
                     let inside = tables.space.mark(start, run.blocks, User::Run(shard), tables.findings);
                     if tables.data == DataCheck::Verify && inside && preallocated == 0 {
                         self.data_runs.push(DataRun { start, checksums: run.checksums });
@@ -175,10 +215,14 @@ impl Scan {
             self.open = Some(OpenInode::new(nr));
         }
         let single = key.kind == INODE || key.kind == SYMLINK;
-        if extent::owner_of_set_aside(nr).is_some() && key.kind != EXTENT {
+        let borrower = extent::borrower_of(nr);
+        if (extent::owner_of_set_aside(nr).is_some() || borrower.is_some()) && key.kind != EXTENT {
             return self.stray(key, tables);
         }
-        if nr.shard() != self.shard || key.minor != 0 || single && key.offset != 0 {
+        if let Some(borrower) = borrower {
+            self.lent(key, value, borrower, tables);
+        }
+        if borrower.is_none() && nr.shard() != self.shard || key.minor != 0 || single && key.offset != 0 {
             return self.stray(key, tables);
         }
         let Some(open) = self.open.as_mut() else { return };
@@ -216,9 +260,27 @@ impl Scan {
         }
     }
 
+    /// This shard says that it has lent the blocks of an extent. What cannot be decoded is named with the extent.
+    fn lent(&self, key: Key, value: &[u8], borrower: ShardId, tables: &mut Tables<'_>) {
+        let Ok(extent) = Extent::decode(value) else { return };
+        let (start, blocks, generation) = (extent.start, extent.blocks.get(), extent.generation);
+        let possible = borrower != self.shard
+            && borrower.get() < tables.shards
+            && key.offset == extent::lent_offset(start)
+            && extent.kind == ExtentKind::Data;
+        if !possible {
+            return tables.findings.add(Finding::StrayLoan { shard: self.shard, key });
+        }
+        let (lender, group) = (self.shard, tables.space.group_of(start));
+        tables.loans.lent(tables.key, &Loan { lender, borrower, group, start, blocks, generation });
+    }
+
     /// All items of the inode have been seen.
     fn close(&mut self, tables: &mut Tables<'_>) {
         let Some(open) = self.open.take() else { return };
+        if extent::borrower_of(open.nr).is_some() {
+            return;
+        }
         if open.nr.shard() != self.shard {
             return;
         }

@@ -58,6 +58,11 @@ impl SpaceMap {
         (Self { layout, owners, marks: HashMap::new() }, warnings)
     }
 
+    /// The group that a block lies in, whether it exists or not.
+    pub(super) fn group_of(&self, block: BlockNr) -> u64 {
+        block.get() >> self.layout.group_shift()
+    }
+
     /// Marks blocks as used by `user`. `false` if they do not lie in the volume.
     pub(super) fn mark(
         &mut self,

@@ -152,7 +152,7 @@ impl Builder {
             ExtentKind::Data => bytes.chunks(BLOCK_SIZE as usize).map(crc32c::crc32c).collect(),
             ExtentKind::Preallocated => Vec::new(),
         };
-        let run = Run { blocks: count, references: 1, generation: Generation::new(3), checksums };
+        let run = Run { blocks: count, lender: None, references: 1, generation: Generation::new(3), checksums };
         if kind == ExtentKind::Data {
             self.data.push((start, bytes));
         }
@@ -477,6 +477,7 @@ fn blocks_outside_the_volume_or_over_its_structures_are_found() {
         let builder = std::mem::replace(&mut sample.builder, Builder::new());
         let run = Run {
             blocks: BlockCount::new(2),
+            lender: None,
             references: 1,
             generation: Generation::new(1),
             checksums: vec![],

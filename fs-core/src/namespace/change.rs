@@ -1,17 +1,18 @@
-//! Changes: what a namespace operation does to the items of one inode, as a value.
+//! Changes: what an operation does to the items of one inode, as a value.
 //!
 //! Owns: [`Change`] and [`plan_changes`], the plan that carries a list of them out. An operation decides, under its
 //! locks, on a list of changes; each belongs to the shard of its inode, and the list of a shard is one transaction
 //! there, alone or as part of a transaction that spans shards.
 //!
 //! Invariants:
-//! - a change reads and writes by point lookups of keys that the locks hold still. So once its plan has been rehearsed
-//!   and no node is evicted, it can neither miss a node nor fail;
+//! - a change reads and writes by point lookups of keys that the locks hold still ([`LendingChange`] says what else it
+//!   relies on). So once its plan has been rehearsed and no node is evicted, it can neither miss a node nor fail;
 //! - each change leaves its own shard's items consistent; the list as a whole keeps the counts between shards.
 //!
 //! Excludes: deciding (the operations), volatile state ([`Effects`] tells what has to follow).
 
 use crate::batch::{Batch, Plan};
+use crate::data::LendingChange;
 use crate::error::FsError;
 use crate::format::items::{EntryTarget, InodeRecord, Intent, symlink_key};
 use crate::planted::{Bug, is_planted};
@@ -118,12 +119,15 @@ pub(crate) enum Change {
         /// Inode.
         inode: InodeNr,
     },
+    /// Blocks change hands between shards.
+    Lending(LendingChange),
 }
 
 impl Change {
-    /// The inode whose items change.
-    pub(crate) fn inode(&self) -> InodeNr {
-        match self {
+    /// The shard that carries it out.
+    pub(crate) fn shard(&self) -> ShardId {
+        let inode = match self {
+            Self::Lending(change) => return change.shard(),
             Self::InsertEntry { directory, .. }
             | Self::RemoveEntry { directory, .. }
             | Self::ReplaceEntry { directory, .. }
@@ -135,12 +139,8 @@ impl Change {
             | Self::AddLink { inode }
             | Self::DropLink { inode }
             | Self::Touch { inode } => *inode,
-        }
-    }
-
-    /// The shard that carries it out.
-    pub(crate) fn shard(&self) -> ShardId {
-        self.inode().shard()
+        };
+        inode.shard()
     }
 
     /// Items it changes at most.
@@ -155,6 +155,7 @@ impl Change {
             | Self::DropSubdirectory { .. }
             | Self::SetParent { .. }
             | Self::Touch { .. } => 1,
+            Self::Lending(change) => change.items(),
         }
     }
 }
@@ -224,6 +225,7 @@ fn plan_change(batch: &mut Batch<'_>, change: &Change, effects: &mut Effects) ->
             store_changed(batch, *inode, &mut record);
             Ok(())
         }
+        Change::Lending(change) => change.plan(batch),
     }
 }
 

@@ -72,7 +72,7 @@ fn items_of(changes: &[Change]) -> u32 {
 
 impl Shard {
     /// A name for a new transaction that this shard leads.
-    pub(super) fn new_transaction(&self) -> TransactionId {
+    pub(crate) fn new_transaction(&self) -> TransactionId {
         let number = self.names.next_transaction.get();
         self.names.next_transaction.set(number + 1);
         TransactionId { leader: self.id, number }
@@ -82,7 +82,7 @@ impl Shard {
     ///
     /// # Errors
     /// What stands against one of them, [`FsError::NoSpace`], [`FsError::ReadOnly`]; then nothing has changed.
-    pub(super) async fn commit_changes(
+    pub(crate) async fn commit_changes(
         self: &Rc<Self>,
         transaction: TransactionId,
         changes: Vec<Change>,

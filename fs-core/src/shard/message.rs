@@ -8,6 +8,7 @@
 use reactor::{OneshotSender, oneshot};
 
 use crate::alloc::GroupTransfer;
+use crate::data::{LendingCall, LendingReply};
 use crate::error::FsError;
 use crate::namespace::{NamespaceCall, NamespaceReply};
 use crate::request::{Reply, Request};
@@ -51,6 +52,8 @@ pub(crate) enum PeerCall {
     Stop,
     /// The namespace's own. → [`PeerReply::Namespace`]
     Namespace(NamespaceCall),
+    /// Clones between shards, and blocks that go back. → [`PeerReply::Lending`]
+    Lending(LendingCall),
 }
 
 /// What a peer answers.
@@ -68,6 +71,8 @@ pub(crate) enum PeerReply {
     Report(Box<ShardReport>),
     /// The namespace's own.
     Namespace(NamespaceReply),
+    /// To a [`PeerCall::Lending`].
+    Lending(LendingReply),
 }
 
 /// A call in a shard's peer mailbox.

@@ -16,7 +16,7 @@
 use crate::batch::{Batch, Plan};
 use crate::error::FsError;
 use crate::format::extent::{
-    BACKREF, ExtentKind, PHYSICAL, RUN, Run, owner_of_set_aside, physical_block, run_key,
+    BACKREF, ExtentKind, PHYSICAL, RUN, Run, borrower_of, owner_of_set_aside, physical_block, run_key,
 };
 use crate::format::node::Key;
 use crate::request::{ScrubPlace, ScrubStep};
@@ -182,7 +182,8 @@ fn some_runs(batch: &Batch<'_>, from: BlockNr) -> Plan<SomeRuns> {
         if key.kind == RUN {
             let run = Run::decode(&value).map_err(|error| error.of("run", Some(block), None))?;
             behind = block.get() + run.blocks.get();
-            if run.kind() == ExtentKind::Data {
+            // Borrowed blocks are verified where they belong.
+            if run.kind() == ExtentKind::Data && run.lender.is_none() {
                 runs.push((block, run));
             }
         }
@@ -225,7 +226,9 @@ fn describe(users: &[(InodeNr, u64)]) -> String {
     if users.is_empty() {
         return "no file".to_owned();
     }
-    let named: Vec<String> =
-        users.iter().map(|(inode, offset)| format!("inode {inode}, extent at {offset}")).collect();
-    named.join("; ")
+    let named = users.iter().map(|(inode, offset)| match borrower_of(*inode) {
+        Some(shard) => format!("files of shard {shard}, which borrows it"),
+        None => format!("inode {inode}, extent at {offset}"),
+    });
+    named.collect::<Vec<_>>().join("; ")
 }

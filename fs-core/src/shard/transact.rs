@@ -235,6 +235,9 @@ impl Shard {
             let freed = self.alloc.borrow_mut().free(start, count);
             self.expect_freed(freed);
         }
+        if changes.returns {
+            self.note_returns();
+        }
         self.epochs.mark_changed();
         self.volume.note_commit(self.id, epoch);
     }

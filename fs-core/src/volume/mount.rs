@@ -297,6 +297,7 @@ impl StartShard {
         );
         spawn(ctx, Rc::clone(&shard).serve_requests(mailboxes.requests))?;
         spawn(ctx, Rc::clone(&shard).serve_peers(mailboxes.peers))?;
+        spawn(ctx, Rc::clone(&shard).give_back_in_background())?;
         spawn(ctx, shard.write_back_in_background())
     }
 }

@@ -15,6 +15,7 @@ mod crash;
 mod faults;
 mod full;
 mod history;
+mod lending;
 mod model;
 mod oracle;
 mod planted;

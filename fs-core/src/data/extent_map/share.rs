@@ -35,7 +35,7 @@ pub(crate) struct Sharing {
 /// The next piece of `range` (whole blocks) of `source` that has data, or the hole before it.
 ///
 /// The piece may be longer than one step can share.
-fn piece(batch: &Batch<'_>, source: InodeNr, range: &Range<u64>) -> Plan<(u64, Option<Mapped>)> {
+pub(super) fn piece(batch: &Batch<'_>, source: InodeNr, range: &Range<u64>) -> Plan<(u64, Option<Mapped>)> {
     let mut from = range.start;
     loop {
         let mapped = next_extent(batch, source, from)?.filter(|mapped| mapped.offset < range.end);
@@ -81,7 +81,7 @@ pub(crate) fn share(
 }
 
 /// Adds a reference to the blocks `range` of a run, which is split for it.
-fn add_reference(batch: &mut Batch<'_>, start: BlockNr, run: &Run, range: Range<u64>) -> Plan<()> {
+pub(super) fn add_reference(batch: &mut Batch<'_>, start: BlockNr, run: &Run, range: Range<u64>) -> Plan<()> {
     put_run_around(batch, start, run, &range);
     let mut part = run.part(range.start, range.end);
     part.references = part.references.checked_add(1).ok_or(FsError::TooManyLinks)?;

@@ -17,15 +17,15 @@ fn shape() -> Shape {
     Shape { seed: 9, shards: 1, reactors: 1, blocks: 32 * 1024, mount }
 }
 
-fn pattern(tag: u8, block: u64) -> Vec<u8> {
+pub(super) fn pattern(tag: u8, block: u64) -> Vec<u8> {
     (0..BLOCK_SIZE).map(|at| tag ^ (block as u8).wrapping_mul(31) ^ (at % 251) as u8).collect()
 }
 
-fn patterns(tag: u8, blocks: u64) -> Vec<u8> {
+pub(super) fn patterns(tag: u8, blocks: u64) -> Vec<u8> {
     (0..blocks).flat_map(|block| pattern(tag, block)).collect()
 }
 
-async fn sync_file(volume: &Volume, inode: InodeNr) {
+pub(super) async fn sync_file(volume: &Volume, inode: InodeNr) {
     assert_eq!(volume.call(Request::Sync { inode, scope: SyncScope::File }).await, Ok(Reply::Done));
 }
 
@@ -41,26 +41,26 @@ async fn alternating(volume: &Volume, name: &str, tag: u8, blocks: u64) -> Inode
     inode
 }
 
-fn whole(source: InodeNr, target: InodeNr) -> CloneRange {
+pub(super) fn whole(source: InodeNr, target: InodeNr) -> CloneRange {
     let start = FileOffset::new(0);
     CloneRange { source, source_offset: start, target, target_offset: start, length: 0 }
 }
 
-async fn clone(volume: &Volume, range: CloneRange) -> Result<Cloned, FsError> {
+pub(super) async fn clone(volume: &Volume, range: CloneRange) -> Result<Cloned, FsError> {
     match volume.call(Request::Clone(range)).await? {
         Reply::Cloned(cloned) => Ok(cloned),
         other => panic!("clone: {other:?}"),
     }
 }
 
-async fn deduplicate(volume: &Volume, range: CloneRange) -> Result<Option<Cloned>, FsError> {
+pub(super) async fn deduplicate(volume: &Volume, range: CloneRange) -> Result<Option<Cloned>, FsError> {
     match volume.call(Request::Deduplicate(range)).await? {
         Reply::Deduplicated(outcome) => Ok(outcome),
         other => panic!("deduplicate: {other:?}"),
     }
 }
 
-async fn space(volume: &Volume) -> SpaceReport {
+pub(super) async fn space(volume: &Volume) -> SpaceReport {
     match volume.call(Request::StatFs).await {
         Ok(Reply::Space(space)) => space,
         other => panic!("statfs: {other:?}"),

@@ -82,7 +82,14 @@ pub(crate) struct Changes {
 impl<'tree> Batch<'tree> {
     /// An empty batch over `tree`.
     pub(crate) fn new(tree: &'tree Tree, context: BatchContext) -> Self {
-        Self { tree, context, changes: BTreeMap::new(), committed: Vec::new(), freed: Vec::new(), returns: false }
+        Self {
+            tree,
+            context,
+            changes: BTreeMap::new(),
+            committed: Vec::new(),
+            freed: Vec::new(),
+            returns: false,
+        }
     }
 
     /// Time of the transaction.
@@ -182,11 +189,6 @@ impl<'tree> Batch<'tree> {
 
     /// Ends the plan.
     pub(crate) fn finish(self) -> Changes {
-        Changes {
-            items: self.changes,
-            committed: self.committed,
-            freed: self.freed,
-            returns: self.returns,
-        }
+        Changes { items: self.changes, committed: self.committed, freed: self.freed, returns: self.returns }
     }
 }

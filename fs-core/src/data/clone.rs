@@ -210,7 +210,11 @@ impl Shard {
     }
 
     /// What the device has of a range of whole blocks, verified.
-    pub(super) async fn bytes_on_device(&self, inode: InodeNr, range: &Range<u64>) -> Result<Vec<u8>, FsError> {
+    pub(super) async fn bytes_on_device(
+        &self,
+        inode: InodeNr,
+        range: &Range<u64>,
+    ) -> Result<Vec<u8>, FsError> {
         let segments = self.view(|batch| data_segments(batch, inode, range.clone())).await?;
         let mut bytes = vec![0; (range.end - range.start) as usize];
         let first = range.start / BLOCK_SIZE;

@@ -40,9 +40,7 @@ use crate::types::{InodeNr, ShardId};
 
 use super::apply::{MmapLock, load_regular};
 use super::extent_map::ItemBudget;
-use super::extent_map::lend::{
-    Blocks, Piece, borrow, end_return, first_returns, lend, pieces, take_back,
-};
+use super::extent_map::lend::{Blocks, Piece, borrow, end_return, first_returns, lend, pieces, take_back};
 use super::file::pages_of;
 
 /// Items of a part of a transaction that lends or borrows, at most; what is planned keeps well below, because runs may be
@@ -404,15 +402,15 @@ impl Shard {
     async fn give_blocks_back(self: &Rc<Self>) -> Result<(), FsError> {
         loop {
             let _turn = self.lending_turn(&LockOrder::new()).await;
-            let Some((owner, mut blocks)) =
-                self.view(|batch| first_returns(batch, RETURNS_AT_ONCE)).await?
+            let Some((owner, mut blocks)) = self.view(|batch| first_returns(batch, RETURNS_AT_ONCE)).await?
             else {
                 return Ok(());
             };
-            let counts = match self.ask_lending(owner, LendingCall::CanTakeBack(self.id, blocks.clone())).await? {
-                LendingReply::Counts(counts) => counts,
-                other => return Err(misanswered(&other)),
-            };
+            let counts =
+                match self.ask_lending(owner, LendingCall::CanTakeBack(self.id, blocks.clone())).await? {
+                    LendingReply::Counts(counts) => counts,
+                    other => return Err(misanswered(&other)),
+                };
             for (piece, count) in blocks.iter_mut().zip(&counts) {
                 piece.1 = *count;
             }

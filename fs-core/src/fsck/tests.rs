@@ -152,7 +152,8 @@ impl Builder {
             ExtentKind::Data => bytes.chunks(BLOCK_SIZE as usize).map(crc32c::crc32c).collect(),
             ExtentKind::Preallocated => Vec::new(),
         };
-        let run = Run { blocks: count, lender: None, references: 1, generation: Generation::new(3), checksums };
+        let run =
+            Run { blocks: count, lender: None, references: 1, generation: Generation::new(3), checksums };
         if kind == ExtentKind::Data {
             self.data.push((start, bytes));
         }

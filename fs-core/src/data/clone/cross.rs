@@ -28,7 +28,7 @@ use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, InodeNr, ShardId};
 use super::super::apply::{MmapLock, load_regular};
 use super::super::extent_map::lend::{Blocks, Piece, borrow, survey};
 use super::super::extent_map::{SET_ASIDE_ITEMS, set_aside};
-use super::super::lending::{PARTS_AT_ONCE, LendingCall, LendingChange, LendingReply, misanswered};
+use super::super::lending::{LendingCall, LendingChange, LendingReply, PARTS_AT_ONCE, misanswered};
 use super::{COMPARED_AT_ONCE, FLUSH_ROUNDS, HEAD_ITEMS, Job, Progress, Purpose, SLICE_ITEMS};
 
 /// The target's locks; the source's are held for the transaction on its own shard. Fields are dropped in order.
@@ -287,12 +287,7 @@ fn plan_clear(batch: &mut Batch<'_>, job: &Job, from: u64) -> Plan<u64> {
 }
 
 /// Chooses as many of `pieces` as one transaction can take, by trying.
-fn plan_slice_across(
-    batch: &mut Batch<'_>,
-    job: &Job,
-    pieces: &[Piece],
-    source: Source,
-) -> Plan<Slice> {
+fn plan_slice_across(batch: &mut Batch<'_>, job: &Job, pieces: &[Piece], source: Source) -> Plan<Slice> {
     let mut slice = Slice { pieces: Vec::new(), lends: BTreeMap::new(), from_source: Vec::new(), end: 0 };
     let mut parts = 0;
     for piece in pieces {

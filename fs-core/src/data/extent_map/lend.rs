@@ -223,8 +223,7 @@ pub(crate) fn end_return(batch: &mut Batch<'_>, lender: ShardId, blocks: Blocks)
     while at < end {
         let start = BlockNr::new(at);
         let found = next_return(batch, lender, start, 1)?;
-        let (first, back) =
-            found.ok_or_else(|| damaged("a return is gone", start, lent_to(lender)))?;
+        let (first, back) = found.ok_or_else(|| damaged("a return is gone", start, lent_to(lender)))?;
         let behind = first.get() + back.blocks.get();
         let upto = behind.min(end);
         batch.delete(return_key(lender, first));

@@ -121,9 +121,14 @@ fn borrowed_blocks_are_cloned_on_and_come_home() {
         let third = file(volume, homes[2], "third").await;
         let back = file(volume, homes[0], "back").await;
         let inside = file(volume, homes[1], "inside").await;
-        for (source, target) in
-            [(first, second), (second, third), (third, back), (second, inside), (back, third), (third, second)]
-        {
+        for (source, target) in [
+            (first, second),
+            (second, third),
+            (third, back),
+            (second, inside),
+            (back, third),
+            (third, second),
+        ] {
             let cloned = clone(volume, whole(source, target)).await.unwrap();
             assert_eq!(cloned, Cloned { bytes: blocks * 4096, extents: blocks }, "{source} {target}");
         }

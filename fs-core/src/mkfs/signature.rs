@@ -93,6 +93,9 @@ fn at_the_end(bytes: u64) -> [(&'static str, Option<u64>, &'static [u8]); 4] {
 pub async fn occupant(disk: &VolumeDisk) -> Result<Option<Occupant>, FsError> {
     for ring in RING_STARTS {
         let slots = RING_SLOTS.min(disk.blocks().get().saturating_sub(ring.get()));
+        if slots == 0 {
+            continue; // the device ends before
+        }
         let bytes = disk.read(ring, BlockCount::new(slots)).await?;
         for block in bytes.chunks_exact(BLOCK_SIZE as usize) {
             match Superblock::decode(block) {

@@ -8,15 +8,19 @@
 //! Excludes: the register handshake itself (`handshake`), I/O queues.
 
 use nvme_spec::feature::{AsyncEventConfiguration, FeatureId, NumberOfQueues};
-use nvme_spec::identify::{Oacs, Oaes};
+use nvme_spec::identify::{Cns, IdentifyNamespace, Oacs, Oaes};
 use nvme_spec::registers::{self, Cap, Doorbell, doorbell_offset};
-use nvme_spec::{AdminOpcode, NamespaceId, QueueId, SubmissionEntry};
+use nvme_spec::{AdminOpcode, IDENTIFY_BYTES, NamespaceId, QueueId, SubmissionEntry};
 use thiserror::Error;
+use zerocopy::FromZeros;
 
 use crate::admin::{AdminError, AdminQueue};
 use crate::controller::{ControllerOptions, DEFAULT_QUEUES, MAX_NAMESPACES, command_set_limits};
 use crate::handshake::{HandshakeError, Link};
-use crate::identity::{ControllerInfo, IdentityError, Namespace, NamespaceEntry, check_namespace_list};
+use crate::identity::{
+    ControllerInfo, IdentityError, Namespace, NamespaceEntry, NamespaceProblem, check_command_set,
+    check_namespace_list,
+};
 use crate::shadow::ShadowMemory;
 use crate::transport::TransportError;
 
@@ -211,11 +215,40 @@ pub(crate) fn list_namespaces(
 ) -> Result<Vec<NamespaceEntry>, Problem> {
     let mut namespaces = Vec::new();
     for nsid in active_namespaces(link, admin, info)? {
-        let raw = admin.identify_namespace(link, nsid)?;
-        let checked = Namespace::check(nsid, &raw, info.max_transfer);
+        let command_set = command_set(link, admin, info, nsid)?;
+        let raw = match admin.identify_namespace(link, nsid) {
+            Ok(raw) => raw,
+            // A namespace without blocks has none of this to tell (2.0 §5.17.2.1).
+            Err(AdminError::Status { .. }) if command_set.is_err() => {
+                Box::new(IdentifyNamespace::new_zeroed())
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let checked = command_set.and_then(|()| Namespace::check(nsid, &raw, info.max_transfer));
         namespaces.push(NamespaceEntry { nsid, raw, checked });
     }
     Ok(namespaces)
+}
+
+/// Whether a namespace is of the NVM command set. Controllers that know no other are not asked: some older ones answer badly.
+fn command_set(
+    link: &Link,
+    admin: &mut AdminQueue,
+    info: &ControllerInfo,
+    nsid: NamespaceId,
+) -> Result<Result<(), NamespaceProblem>, AdminError> {
+    if info.cap.css() & Cap::CSS_SEVERAL == 0 {
+        return Ok(Ok(()));
+    }
+    let entry = SubmissionEntry::identify(Cns::NAMESPACE_DESCRIPTORS, nsid);
+    match admin.execute_with_data(link, entry) {
+        Ok(_) => Ok(check_command_set(&admin.copy_data::<[u8; IDENTIFY_BYTES]>()[..])),
+        Err(AdminError::Status { status, .. }) => {
+            tracing::debug!(%nsid, %status, "the controller names no command set: taken for NVM");
+            Ok(Ok(()))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn active_namespaces(

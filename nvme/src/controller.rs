@@ -70,7 +70,7 @@ pub enum QueueError {
         granted: u16,
     },
     /// There is no such namespace.
-    #[error("{device} has no namespace {nsid} (it has {available})")]
+    #[error("{device} has no active namespace {nsid} (active: {available})")]
     NoSuchNamespace {
         /// Device name.
         device: String,

@@ -9,7 +9,8 @@ use std::fmt;
 
 use nvme_spec::NamespaceId;
 use nvme_spec::identify::{
-    IdentifyController, IdentifyControllerNvm, IdentifyNamespace, LBA_FORMATS, Nsfeat, Oncs, Vwc,
+    CommandSet, IdentifyController, IdentifyControllerNvm, IdentifyNamespace, LBA_FORMATS, NamespaceIdType,
+    Nsfeat, Oncs, Vwc, namespace_descriptors,
 };
 use nvme_spec::registers::{Cap, Version};
 use thiserror::Error;
@@ -87,6 +88,12 @@ pub enum NamespaceProblem {
         /// Block size as a power of two.
         lbads: u8,
     },
+    /// Of an I/O command set other than NVM: its blocks are not read and written as blocks are.
+    #[error("it uses the {0} command set, which is not supported (the NVM command set is)")]
+    CommandSet(CommandSet),
+    /// The descriptor of its I/O command set is not one byte long, or there are several that differ.
+    #[error("the controller does not say clearly which command set it uses (Identify, CNS 03h)")]
+    AmbiguousCommandSet,
     /// Formatted with metadata.
     #[error("it is formatted with {0} bytes of metadata a block, which is not supported yet")]
     Metadata(u16),
@@ -201,7 +208,7 @@ impl Namespace {
 pub struct NamespaceEntry {
     /// Its identifier.
     pub nsid: NamespaceId,
-    /// Identify data as the controller gave it.
+    /// Identify data as the controller gave it; zeroes if it gives none, as of a namespace without blocks.
     pub raw: Box<IdentifyNamespace>,
     /// The checked form, or why it cannot be used.
     pub checked: Result<Namespace, NamespaceProblem>,
@@ -327,6 +334,25 @@ fn ascii(bytes: &[u8]) -> String {
     text.trim().to_owned()
 }
 
+/// Checks the I/O command set in a namespace's identification descriptors (2.0 §5.17.2.3): NVM, which it also is if none is named.
+///
+/// # Errors
+/// It is of another command set, or of nobody knows which.
+pub(crate) fn check_command_set(descriptors: &[u8]) -> Result<(), NamespaceProblem> {
+    let sets = namespace_descriptors(descriptors).filter(|(kind, _)| *kind == NamespaceIdType::CSI);
+    let mut found = None;
+    for (_, id) in sets {
+        match id {
+            &[set] if found.is_none_or(|before| before == set) => found = Some(set),
+            _ => return Err(NamespaceProblem::AmbiguousCommandSet),
+        }
+    }
+    match CommandSet(found.unwrap_or(0)) {
+        CommandSet::NVM => Ok(()),
+        other => Err(NamespaceProblem::CommandSet(other)),
+    }
+}
+
 /// Checks one page of an active namespace list: ascending, above `previous`, at most `nn`, zeroes at the end.
 ///
 /// # Errors
@@ -352,7 +378,6 @@ mod tests {
     use super::*;
     use crate::sgl::SglAlignment;
     use nvme_spec::IDENTIFY_BYTES;
-    use nvme_spec::identify::namespace_descriptors;
     use proptest::prelude::*;
     use zerocopy::{FromBytes, FromZeros};
 
@@ -443,6 +468,24 @@ mod tests {
         assert_eq!(list(&[2, 2]), Err(IdentityError::NamespaceList { id: 2, previous: 2, nn: 16 }));
         assert_eq!(list(&[17]), Err(IdentityError::NamespaceList { id: 17, previous: 0, nn: 16 }));
         assert!(list(&[u32::MAX]).is_err());
+    }
+
+    #[test]
+    fn a_namespace_is_of_the_nvm_command_set_or_refused() {
+        const UUID: [u8; 8] = [3, 4, 0, 0, 9, 9, 9, 9];
+        let with = |more: &[u8]| check_command_set(&[&UUID[..], more].concat());
+        assert_eq!(with(&[]), Ok(()), "a controller that names none");
+        assert_eq!(with(&[4, 1, 0, 0, 0]), Ok(()));
+        for (set, name) in [(1, "key value"), (2, "zoned"), (0x30, "CommandSet 0x30")] {
+            let problem = with(&[4, 1, 0, 0, set]).unwrap_err();
+            assert_eq!(problem, NamespaceProblem::CommandSet(CommandSet(set)));
+            assert!(problem.to_string().contains(&format!("the {name} command set")), "{problem}");
+        }
+        for unclear in
+            [&[4, 2, 0, 0, 0, 0][..], &[4, 1, 0, 0, 0, 4, 1, 0, 0, 2], &[4, 1, 0, 0, 2, 4, 2, 0, 0, 2, 2]]
+        {
+            assert_eq!(with(unclear), Err(NamespaceProblem::AmbiguousCommandSet), "{unclear:?}");
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use nvme_emulator::{
 use thiserror::Error;
 
 use crate::bring_up::BringUpError;
-use crate::controller::{Controller, ControllerOptions, Keeper, Recovery};
+use crate::controller::{Controller, ControllerOptions, Keeper, QueueError, Recovery};
 use crate::spec_string::{DeviceSpec, EmulatedBacking, EmulatedMode, EmulatedSpec, Target, namespace_path};
 use crate::transport::embedded::EmbeddedTransport;
 use crate::transport::qtest::{self, QtestError, QtestTransport};
@@ -40,6 +40,9 @@ pub enum OpenError {
     /// QEMU's controller cannot be used.
     #[error(transparent)]
     Qtest(#[from] QtestError),
+    /// The spec names a namespace that is not active.
+    #[error("{0}; name one of these with `ns=`, or leave it out")]
+    Namespace(QueueError),
     /// The controller could not be brought up.
     #[error(transparent)]
     BringUp(#[from] BringUpError),
@@ -87,7 +90,12 @@ pub fn open(spec: &DeviceSpec, options: OpenOptions) -> Result<Arc<Controller>, 
         keeper: options.keeper,
         recovery: options.recovery,
     };
-    Ok(Controller::bring_up(transport, options.timing, &controller_options)?)
+    let controller = Controller::bring_up(transport, options.timing, &controller_options)?;
+    // One that cannot be used is there all the same: it can be looked at.
+    match spec.namespace.map(|nsid| controller.namespace(nsid)) {
+        Some(Err(error @ QueueError::NoSuchNamespace { .. })) => Err(OpenError::Namespace(error)),
+        _ => Ok(controller),
+    }
 }
 
 /// The part of a spec that names the device.
@@ -186,6 +194,24 @@ mod tests {
         };
         assert_eq!(config, expected);
         config.validate().unwrap();
+    }
+
+    /// Was found out by the first queue only, so that `pollux identify` described another namespace than the one named.
+    #[test]
+    fn a_namespace_that_is_not_active_is_refused_with_those_that_are() {
+        let open_at = |ns: &str| {
+            open(&format!("emu:mem,size=1MiB,ns7=1MiB{ns}").parse().unwrap(), OpenOptions::default())
+        };
+        for nsid in ["2", "8", "4294967294"] {
+            let error = open_at(&format!(",ns={nsid}")).err().unwrap().to_string();
+            let says = format!("emu:mem has no active namespace {nsid} (active: 1, 7); name one of these");
+            assert!(error.starts_with(&says), "{error}");
+        }
+        for ns in ["", ",ns=1", ",ns=7"] {
+            assert!(open_at(ns).is_ok(), "{ns}");
+        }
+        let with_metadata = "emu:mem,size=1MiB,meta=8,ns=1".parse().unwrap();
+        assert!(open(&with_metadata, OpenOptions::default()).is_ok(), "it can be looked at");
     }
 
     #[test]

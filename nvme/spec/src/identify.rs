@@ -635,6 +635,15 @@ open_enum! {
     }
 }
 
+open_enum! {
+    /// I/O command set of a namespace: the identifier of a descriptor of type CSI (2.0 §5.17.2.3, figure 274).
+    pub struct CommandSet(u8) {
+        NVM = 0, "NVM";
+        KEY_VALUE = 1, "key value";
+        ZONED = 2, "zoned";
+    }
+}
+
 /// Header of a namespace identification descriptor; `length` bytes follow, a length of 0 ends the list (§5.15.2.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

@@ -4,6 +4,8 @@ use super::*;
 use crate::fault::Fault;
 use crate::identity::IdentityError;
 use crate::transport::fake::{Fake, Script};
+use nvme_spec::identify::{Cns, CommandSet};
+use nvme_spec::registers::Cap;
 use nvme_spec::{AdminOpcode, StatusCode};
 use reactor::clock::Instant;
 use std::time::Duration;
@@ -84,6 +86,32 @@ fn impossible_capabilities_are_refused() {
         let error = refused(spoil).to_string();
         assert!(error.contains(says) && error.starts_with("fake: CAP is 0x"), "{error}");
     }
+}
+
+/// Zoned namespaces were taken for others, and their writes failed.
+#[test]
+fn a_namespace_of_another_command_set_is_listed_and_refused_and_its_neighbours_work() {
+    let script = || Script {
+        namespace_ids: vec![1, 2, 3],
+        command_sets: [(1, CommandSet::ZONED), (3, CommandSet::KEY_VALUE)].into(),
+        ..Script::default()
+    };
+    let several = Script { cap: script().cap.with_css(Cap::CSS_NVM | Cap::CSS_SEVERAL), ..script() };
+    let controller = bring_up(&Fake::new(several)).unwrap();
+    assert_eq!(controller.namespaces().len(), 3);
+    assert_eq!(controller.default_namespace().unwrap().nsid, NamespaceId::new(2));
+    for (nsid, set) in [(1, "zoned"), (3, "key value")] {
+        let error = controller.namespace(NamespaceId::new(nsid)).unwrap_err().to_string();
+        let says = format!("namespace {nsid} of fake cannot be used: it uses the {set} command set");
+        assert!(error.starts_with(&says), "{error}");
+    }
+    let silent = Script {
+        cap: script().cap.with_css(Cap::CSS_NVM | Cap::CSS_SEVERAL),
+        namespace_ids: vec![1],
+        refuse_cns: vec![Cns::NAMESPACE_DESCRIPTORS],
+        ..Script::default()
+    };
+    assert!(bring_up(&Fake::new(silent)).unwrap().default_namespace().is_ok(), "nothing said: NVM");
 }
 
 #[test]
@@ -168,7 +196,7 @@ fn hostile_identify_data_is_an_error_or_an_unusable_namespace() {
 
     let controller = bring_up(&Fake::new(Script { namespace_ids: vec![], ..Script::default() })).unwrap();
     let error = controller.default_namespace().unwrap_err().to_string();
-    assert_eq!(error, "fake has no namespace 1 (it has none)");
+    assert_eq!(error, "fake has no active namespace 1 (active: none)");
 }
 
 #[test]

@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 use nvme_spec::identify::{
-    Cns, IdentifyController, IdentifyControllerNvm, IdentifyNamespace, NamespaceList, Oncs,
+    Cns, CommandSet, IdentifyController, IdentifyControllerNvm, IdentifyNamespace, NamespaceIdType,
+    NamespaceList, Oncs,
 };
 use nvme_spec::log::AsyncEvent;
 use nvme_spec::registers::{self, Aqa, Cap, Cc, Csts, Doorbell, doorbell_at, shst};
@@ -64,11 +65,15 @@ pub(crate) struct Script {
     pub(crate) swallow: Vec<AdminOpcode>,
     /// Admin commands that are refused.
     pub(crate) refuse: Vec<AdminOpcode>,
+    /// Identify data that is refused.
+    pub(crate) refuse_cns: Vec<Cns>,
     pub(crate) controller: Box<IdentifyController>,
     pub(crate) namespace: Box<IdentifyNamespace>,
     /// Identify Controller of the NVM command set (2.0).
     pub(crate) limits: Box<IdentifyControllerNvm>,
     pub(crate) namespace_ids: Vec<u32>,
+    /// I/O command sets of namespaces, for those that are not of the NVM command set. Those have no Identify Namespace data.
+    pub(crate) command_sets: BTreeMap<u32, CommandSet>,
     /// Completion dword 0 of Set Features, Number of Queues.
     pub(crate) granted: u32,
     pub(crate) can_revoke: bool,
@@ -104,10 +109,12 @@ impl Default for Script {
             fatal: false,
             swallow: Vec::new(),
             refuse: Vec::new(),
+            refuse_cns: Vec::new(),
             controller,
             namespace,
             limits: Box::new(IdentifyControllerNvm::new_zeroed()),
             namespace_ids: vec![1],
+            command_sets: BTreeMap::new(),
             granted: 3 | 3 << 16,
             can_revoke: false,
             vectors: 0,
@@ -380,9 +387,20 @@ impl State {
         let entries = u32::from(command.create_queue().qsize_z()) + 1;
         match opcode {
             AdminOpcode::IDENTIFY => {
+                if script.refuse_cns.contains(&command.identify_cns()) {
+                    return (Status::from_code(StatusCode::INVALID_FIELD).with_dnr(true), 0);
+                }
                 let data = match command.identify_cns() {
                     Cns::CONTROLLER => script.controller.as_bytes().to_vec(),
+                    Cns::NAMESPACE if script.command_sets.contains_key(&command.nsid.get()) => {
+                        return (Status::from_code(StatusCode::INVALID_FIELD).with_dnr(true), 0);
+                    }
                     Cns::NAMESPACE => script.namespace.as_bytes().to_vec(),
+                    Cns::NAMESPACE_DESCRIPTORS => {
+                        assert!(script.cap.css() & Cap::CSS_SEVERAL != 0, "it was not to be asked");
+                        let set = script.command_sets.get(&command.nsid.get()).map_or(0, |set| set.0);
+                        vec![NamespaceIdType::CSI.0, 1, 0, 0, set]
+                    }
                     Cns::ACTIVE_NAMESPACES => {
                         let mut list = NamespaceList::new_zeroed();
                         let after = command.nsid.get();

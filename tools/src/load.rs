@@ -11,6 +11,7 @@
 //!
 //! Excludes: how the figures are shown; the loop itself (`worker`).
 
+use std::hash::{BuildHasher, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,7 +23,10 @@ use nvme::{Controller, QueueError};
 
 use worker::{Part, QueueOutcome, Worker};
 
+mod verify;
 mod worker;
+
+pub use verify::Wrong;
 
 /// Latencies are kept up to this; later ones count as this.
 const LATENCY_LIMIT_NS: u64 = 60_000_000_000;
@@ -51,6 +55,16 @@ pub enum Latency {
     Ignore,
 }
 
+/// Whether data is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verify {
+    /// Whatever is there will do.
+    Off,
+    /// Each block is written with contents of its own. Reads of what was written are checked, and at the end everything that was written
+    /// is read back. Takes a bit of memory for each place on the device and queue.
+    On,
+}
+
 /// What a load does.
 #[derive(Clone, Debug)]
 pub struct Load {
@@ -70,6 +84,8 @@ pub struct Load {
     pub latency: Latency,
     /// Seed of the places that a random load goes to, and of the data written.
     pub seed: u64,
+    /// Whether data is checked.
+    pub verify: Verify,
 }
 
 /// What came out.
@@ -93,6 +109,12 @@ pub struct DeviceFigures {
     pub errors: u64,
     /// What the first of them failed with.
     pub first_error: Option<String>,
+    /// Requests whose data was checked.
+    pub checked: u64,
+    /// Requests of these whose data was wrong.
+    pub wrong: u64,
+    /// What was wrong with the first of them.
+    pub first_wrong: Option<Wrong>,
 }
 
 /// Requests of one kind.
@@ -120,7 +142,16 @@ impl Figures {
 
 impl DeviceFigures {
     fn new(device: String) -> Self {
-        Self { device, read: Figures::new(), write: Figures::new(), errors: 0, first_error: None }
+        Self {
+            device,
+            read: Figures::new(),
+            write: Figures::new(),
+            errors: 0,
+            first_error: None,
+            checked: 0,
+            wrong: 0,
+            first_wrong: None,
+        }
     }
 
     /// Reads and writes together.
@@ -135,6 +166,9 @@ impl DeviceFigures {
         self.write.add(&other.write);
         self.errors += other.errors;
         self.first_error = self.first_error.take().or_else(|| other.first_error.clone());
+        self.checked += other.checked;
+        self.wrong += other.wrong;
+        self.first_wrong = self.first_wrong.take().or_else(|| other.first_wrong.clone());
     }
 }
 
@@ -235,6 +269,7 @@ impl RunningLoad {
     /// A thread or a queue could not be made, or the load does not fit a device.
     pub fn start(devices: &[Arc<Controller>], cores: &[usize], load: &Load) -> Result<Self, LoadError> {
         let stop = Arc::new(AtomicBool::new(false));
+        let verify_key = std::hash::RandomState::new().build_hasher().finish();
         let (ready, all_ready) = mpsc::channel();
         let mut begin: Vec<Sender<()>> = Vec::new();
         let mut threads = Vec::new();
@@ -247,6 +282,7 @@ impl RunningLoad {
                 part: Part { index: index as u64, of: cores.len() as u64 },
                 devices: devices.to_vec(),
                 load: load.clone(),
+                verify_key,
                 stop: stop.clone(),
                 progress: progress.clone(),
             };

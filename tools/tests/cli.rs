@@ -179,6 +179,19 @@ fn perf_without_latency_says_null() {
 }
 
 #[test]
+fn perf_verifies_what_it_wrote() {
+    let arguments =
+        ["perf", "--device", "emu:mem,size=8MiB", "--runtime", "0.1", "--verify", "--json", "--rw"];
+    let checked = document(&pollux(&[&arguments[..], &["randrw"]].concat()));
+    assert!(checked["verify"]["checked"].as_u64().unwrap() > 0, "{checked}");
+    assert_eq!(checked["verify"]["wrong"], 0, "{checked}");
+    assert!(checked["verify"]["first_wrong"].is_null(), "{checked}");
+    let reads_only = pollux(&[&arguments[..], &["randread"]].concat());
+    assert_eq!(reads_only.status.code(), Some(2));
+    assert!(said(&reads_only).contains("this one only reads"), "{}", said(&reads_only));
+}
+
+#[test]
 fn interrupted_perf_shows_the_figures_so_far() {
     let mut child = Command::new(env!("CARGO_BIN_EXE_pollux"))
         .args(["perf", "--device", "emu:mem,size=64MiB", "--rw", "randread", "--runtime", "3600"])

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use super::print_json;
 use crate::device::{self, DeviceSpec, parse_size};
 use crate::failure::{During, Failure};
-use crate::load::{DeviceFigures, Figures, Latency, Load, LoadError, Measured, Pattern, RunningLoad};
+use crate::load::{DeviceFigures, Figures, Latency, Load, LoadError, Measured, Pattern, RunningLoad, Verify};
 use crate::output::outln;
 use crate::quantity::{CoreList, parse_cores, parse_seconds, show_nanos, show_rate, show_size};
 use crate::signals::{Alarm, Signals, Woken, is_readable};
@@ -37,7 +37,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 Each core polls one queue of every device. Ctrl-C ends the measurement early, with the figures so far.
 
 JSON keys: iops, bw_bytes (bytes per second), lat_ns {min, mean, p50, p99, p999, max} (null with --no-latency), errors, first_error; read and
-write {iops, bw_bytes, lat_ns}; devices, the same for each device; rw, rwmixread, bs, iodepth, cores, runtime_s and
+write {iops, bw_bytes, lat_ns}; verify {checked, wrong, first_wrong} (requests; null without --verify); devices, the same for each device; rw, rwmixread, bs, iodepth, cores, runtime_s and
 device say what was measured.
 
 Example:
@@ -78,6 +78,10 @@ pub(super) struct Perf {
     /// Do not take the time of requests: a little faster
     #[arg(long)]
     no_latency: bool,
+
+    /// Write each block with data of its own, check reads of it, and read all of it back at the end; wrong data ends with exit code 1
+    #[arg(long)]
+    verify: bool,
 
     /// Seed of the places and the data, to repeat a load
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -165,6 +169,16 @@ impl Perf {
             self.print(&measured);
         }
         stopped?;
+        if let Some((device, wrong)) =
+            measured.devices.iter().find_map(|device| Some((device, device.first_wrong.as_ref()?)))
+        {
+            return Err(Failure::new(format!(
+                "{} of {} requests checked returned wrong data, the first on {}: {wrong}",
+                measured.total().wrong,
+                measured.total().checked,
+                device.device
+            )));
+        }
         let gone = controllers.iter().find(|controller| is_wanted_back(controller));
         match measured.devices.iter().find(|device| device.errors > 0) {
             None => match gone {
@@ -191,6 +205,12 @@ impl Perf {
         if self.runtime.is_zero() {
             return Err(Failure::usage("--runtime 0 measures nothing").remedy("give at least 0.1"));
         }
+        if self.verify && self.rw.read_percent(self.rwmixread) == 100 {
+            return Err(Failure::usage(
+                "--verify checks what the same run has written, and this one only reads",
+            )
+            .remedy("give --rw write, randwrite, rw or randrw"));
+        }
         Ok(Load {
             pattern: self.rw.pattern(),
             read_percent: self.rw.read_percent(self.rwmixread),
@@ -200,6 +220,7 @@ impl Perf {
             warmup: self.warmup,
             latency: if self.no_latency { Latency::Ignore } else { Latency::Record },
             seed: self.randseed,
+            verify: if self.verify { Verify::On } else { Verify::Off },
         })
     }
 
@@ -296,11 +317,20 @@ impl Perf {
             ("device", json!(device.device)),
             ("errors", json!(device.errors)),
             ("first_error", json!(device.first_error)),
+            ("verify", self.verify_of(device)),
             ("read", Value::Object(self.rates_of(&device.read))),
             ("write", Value::Object(self.rates_of(&device.write))),
         ];
         object.extend(said.map(|(key, value)| (key.to_owned(), value)));
         object
+    }
+
+    fn verify_of(&self, device: &DeviceFigures) -> Value {
+        if !self.verify {
+            return Value::Null;
+        }
+        let first = device.first_wrong.as_ref().map(ToString::to_string);
+        json!({ "checked": device.checked, "wrong": device.wrong, "first_wrong": first })
     }
 
     fn rates_of(&self, figures: &Figures) -> Map<String, Value> {
@@ -352,6 +382,9 @@ impl Perf {
             self.print_figures("write ", &device.write);
         }
         outln!("  {:<16} {}", "errors", device.errors);
+        if self.verify {
+            outln!("  {:<16} {} requests, {} wrong", "checked", device.checked, device.wrong);
+        }
     }
 
     fn print_figures(&self, kind: &str, figures: &Figures) {

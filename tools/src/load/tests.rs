@@ -2,6 +2,13 @@
 
 use super::*;
 use crate::device;
+use nvme::ControllerOptions;
+use nvme::transport::SystemTiming;
+use nvme::transport::embedded::EmbeddedTransport;
+use nvme_emulator::{
+    CommandMatch, ControllerConfig, Effect, EmulatedController, FaultRule, NamespaceConfig, Times,
+};
+use nvme_spec::NvmOpcode;
 
 fn load() -> Load {
     Load {
@@ -13,6 +20,7 @@ fn load() -> Load {
         warmup: Duration::ZERO,
         latency: Latency::Record,
         seed: 1,
+        verify: Verify::Off,
     }
 }
 
@@ -95,4 +103,57 @@ fn what_does_not_fit_is_refused_before_anything_runs() {
     let few = memory(",queues=1");
     let error = measure(&[memory(""), few], &[0, 1], &load()).err().unwrap();
     assert!(matches!(error, LoadError::Queue { error: QueueError::NoQueueLeft { .. }, .. }), "{error}");
+}
+
+/// What the device did to data while a load that checks it ran.
+fn verified(load: &Load, rule: Option<FaultRule>) -> DeviceFigures {
+    let namespace = NamespaceConfig::memory(4 << 20).with_lba_size(4096);
+    let emulator = EmulatedController::new(ControllerConfig::with_namespace(namespace)).unwrap();
+    if let Some(rule) = rule {
+        emulator.faults().add(rule);
+    }
+    let transport = Arc::new(EmbeddedTransport::new(emulator, "emu:verify"));
+    let options = ControllerOptions::default();
+    let controller = Controller::bring_up(transport, Arc::new(SystemTiming::default()), &options).unwrap();
+    let measured = measure(&[controller.clone()], &[0, 0], load).unwrap();
+    controller.shutdown().unwrap();
+    measured.total()
+}
+
+#[test]
+fn data_is_read_back_and_right_while_nobody_spoils_it() {
+    for (pattern, read_percent) in
+        [(Pattern::Random, 0), (Pattern::Random, 70), (Pattern::Sequential, 0), (Pattern::Sequential, 30)]
+    {
+        for block_bytes in [4096, 16 << 10] {
+            let load = Load { pattern, read_percent, block_bytes, verify: Verify::On, ..load() };
+            let figures = verified(&load, None);
+            assert!(figures.checked > 0, "{load:?}");
+            assert_eq!((figures.wrong, figures.errors), (0, 0), "{load:?}: {:?}", figures.first_wrong);
+            assert_eq!(figures.read.requests > 0, read_percent > 0, "reading back is not measured");
+        }
+    }
+}
+
+#[test]
+fn wrong_data_is_found_with_its_block() {
+    let write = CommandMatch::io(NvmOpcode::WRITE).on_lbas(16..17);
+    let read = CommandMatch::io(NvmOpcode::READ).on_lbas(16..17);
+    // So deep that the first round reaches the block, however short the time is.
+    let load =
+        Load { pattern: Pattern::Sequential, read_percent: 0, depth: 32, verify: Verify::On, ..load() };
+    for (command, effect, says) in [
+        (write.clone(), Effect::LoseWrite, "block 16 holds 0x0000000000000000 at byte 0"),
+        (write.clone(), Effect::CorruptData { byte: 700, bit: 5 }, "block 16 holds"),
+        (write.clone(), Effect::TearWrite { sectors: 3 }, "at byte 1536"),
+        (read.clone(), Effect::CorruptData { byte: 700, bit: 5 }, "at byte 696"),
+        (read.clone(), Effect::NoTransfer, "block 16 holds 0x0000000000000000"),
+        (read, Effect::MisdirectWrite { lba_delta: 5 }, "block 16 holds the data of block 21"),
+    ] {
+        let rule = FaultRule::new(command, effect.clone()).times(Times::Forever);
+        let figures = verified(&load, Some(rule));
+        assert!(figures.wrong > 0 && figures.errors == 0, "{effect:?}");
+        let wrong = figures.first_wrong.unwrap().to_string();
+        assert!(wrong.contains(says), "{effect:?}: {wrong}");
+    }
 }

@@ -18,8 +18,11 @@ use nvme::{Controller, Interrupts, LatencyRecording, QueueOptions, QueuePair};
 use reactor::block::{BlockDevice, Durability, IoError, Lba, OpTag, RejectReason, Rejected, Request};
 use reactor::{Clock, CoreId, DmaBuffer, Instant, Random, SystemClock};
 
-use super::{DeviceFigures, Figures, Latency, Load, LoadError, Pattern, Progress, QUEUE_ERROR_LIMIT};
-use super::{merge, new_histogram};
+use super::verify::Verifier;
+use super::{
+    DeviceFigures, Figures, Latency, Load, LoadError, Pattern, Progress, QUEUE_ERROR_LIMIT, Verify, Wrong,
+    merge, new_histogram,
+};
 
 /// Completions taken from a queue in one round.
 const BUDGET: usize = 256;
@@ -52,6 +55,8 @@ pub(super) struct Plan {
     pub(super) part: Part,
     pub(super) devices: Vec<Arc<Controller>>,
     pub(super) load: Load,
+    /// Sets this run's data apart from that of others.
+    pub(super) verify_key: u64,
     pub(super) stop: Arc<AtomicBool>,
     pub(super) progress: Arc<Progress>,
 }
@@ -77,13 +82,13 @@ pub(super) struct Worker {
 impl Worker {
     /// Pins the calling thread and makes its queues and buffers.
     pub(super) fn new(plan: Plan) -> Result<Self, LoadError> {
-        let Plan { core, part, devices, load, stop, progress } = plan;
+        let Plan { core, part, devices, load, verify_key, stop, progress } = plan;
         pin(core);
         let random = Random::new(load.seed, part.index);
         let lanes = devices
             .iter()
             .enumerate()
-            .map(|(device, controller)| Lane::new(device, controller, core, part, &load, &random))
+            .map(|(device, controller)| Lane::new(device, controller, core, part, &load, verify_key, &random))
             .collect::<Result<_, _>>()?;
         let clock = SystemClock::new();
         let next_report = clock.now();
@@ -103,9 +108,12 @@ impl Worker {
         let mut outcomes: Vec<QueueOutcome> =
             self.lanes.iter_mut().map(|lane| lane.outcome(elapsed)).collect();
         self.drain();
+        self.read_back();
         // Errors count until the last request is back.
         for (outcome, lane) in outcomes.iter_mut().zip(&mut self.lanes) {
             outcome.figures.errors = lane.tally.errors;
+            (outcome.figures.checked, outcome.figures.wrong) = (lane.tally.checked, lane.tally.wrong);
+            outcome.figures.first_wrong = lane.tally.first_wrong.take();
             outcome.figures.first_error = lane.tally.first_error.take().map(|error| error.to_string());
         }
         outcomes
@@ -167,6 +175,18 @@ impl Worker {
         }
     }
 
+    /// Checks everything that was written, if data is checked, until somebody has had enough.
+    fn read_back(&mut self) {
+        // Relaxed: a hint.
+        while !self.stop.load(Ordering::Relaxed) && self.lanes.iter().any(Lane::has_to_read_back) {
+            for lane in &mut self.lanes {
+                lane.submit_read_back();
+                lane.poll(&self.clock, Latency::Ignore);
+            }
+        }
+        self.drain();
+    }
+
     /// Waits for what is in flight; the driver bounds how long.
     fn drain(&mut self) {
         while self.lanes.iter().any(|lane| lane.queue.in_flight() > 0) {
@@ -196,6 +216,15 @@ enum Direction {
 struct Flight {
     started: Instant,
     direction: Direction,
+    place: u64,
+    check: Check,
+}
+
+/// Whether a request's data can be checked: it was written before the request.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Check {
+    Yes,
+    No,
 }
 
 /// One queue.
@@ -209,6 +238,9 @@ struct Lane {
     places: u64,
     blocks_per_request: u64,
     next: u64,
+    verifier: Option<Verifier>,
+    /// Places before this one were read back.
+    read_back: u64,
     tally: Tally,
 }
 
@@ -219,6 +251,7 @@ impl Lane {
         core: usize,
         part: Part,
         load: &Load,
+        verify_key: u64,
         random: &Random,
     ) -> Result<Self, LoadError> {
         let name = || controller.name().to_owned();
@@ -255,7 +288,9 @@ impl Lane {
             .collect();
         let (depth, pool) = (load.depth, queue.pool().capacity());
         let idle = idle.ok_or_else(|| LoadError::NoBuffers { device: name(), depth, request, pool })?;
-        let flight = Flight { started: Instant::ZERO, direction: Direction::Read };
+        let flight =
+            Flight { started: Instant::ZERO, direction: Direction::Read, place: 0, check: Check::No };
+        let verifier = || Verifier::new(verify_key, block as usize, bytes, places);
         Ok(Self {
             device,
             flights: vec![flight; idle.len()],
@@ -263,6 +298,8 @@ impl Lane {
             places,
             blocks_per_request: request / u64::from(block),
             next: places / part.of * part.index,
+            verifier: (load.verify == Verify::On).then(verifier),
+            read_back: 0,
             tally: Tally::new(),
             queue,
         })
@@ -274,7 +311,7 @@ impl Lane {
 
     /// Takes what has completed: how much, and the time if it was taken.
     fn poll(&mut self, clock: &SystemClock, latency: Latency) -> (usize, Option<Instant>) {
-        let Self { queue, idle, flights, tally, .. } = self;
+        let Self { queue, idle, flights, tally, verifier, blocks_per_request, .. } = self;
         let mut now = None;
         let found = queue.process_completions(BUDGET, &mut |completion| {
             let slot = completion.tag.0 as usize;
@@ -287,6 +324,15 @@ impl Lane {
                         u64::try_from((now - flight.started).as_nanos()).unwrap_or(u64::MAX)
                     });
                     tally.of(flight.direction).note(nanos);
+                    if let (Some(verifier), Some(buffer)) = (verifier.as_mut(), &completion.buffer) {
+                        match (flight.direction, flight.check) {
+                            (Direction::Write, _) => verifier.note_written(flight.place),
+                            (Direction::Read, Check::No) => {}
+                            (Direction::Read, Check::Yes) => {
+                                tally.note_check(verifier.check(buffer, flight.place * *blocks_per_request));
+                            }
+                        }
+                    }
                 }
             }
             // A buffer that the device may write to for ever does not come back.
@@ -300,19 +346,54 @@ impl Lane {
     /// Submits what is idle, as far as the queue takes it, and tells the device once.
     fn submit(&mut self, load: &Load, random: &Random, now: Instant) {
         while !self.tally.given_up
-            && let Some((slot, buffer)) = self.idle.pop()
+            && let Some((slot, mut buffer)) = self.idle.pop()
         {
-            let lba = self.place(load.pattern, random);
+            let place = self.place(load.pattern, random);
+            let lba = Lba::new(place * self.blocks_per_request);
             let direction = direction(load.read_percent, random);
+            let mut check = Check::No;
+            if let Some(verifier) = &mut self.verifier {
+                match direction {
+                    Direction::Write => verifier.fill(&mut buffer, lba.get()),
+                    Direction::Read if verifier.is_written(place) => check = Check::Yes,
+                    Direction::Read => {}
+                }
+            }
             let request = match direction {
                 Direction::Read => Request::Read { lba, buffer },
                 Direction::Write => Request::Write { lba, buffer, durability: Durability::Cached },
             };
-            self.flights[slot] = Flight { started: now, direction };
+            self.flights[slot] = Flight { started: now, direction, place, check };
             if let Err(rejected) = self.queue.submit(OpTag(slot as u64), request) {
                 self.take_back(slot, rejected);
                 break;
             }
+        }
+        self.queue.ring();
+    }
+
+    fn has_to_read_back(&self) -> bool {
+        let rest = self.verifier.as_ref().and_then(|verifier| verifier.next_written(self.read_back));
+        !self.tally.given_up && rest.is_some()
+    }
+
+    /// Reads places that were written, as far as buffers and the queue go.
+    fn submit_read_back(&mut self) {
+        let Some(verifier) = &self.verifier else { return };
+        while !self.tally.given_up
+            && let Some(place) = verifier.next_written(self.read_back)
+            && let Some((slot, mut buffer)) = self.idle.pop()
+        {
+            // What a read that transfers nothing leaves there is not what was written.
+            buffer.fill(0, buffer.len(), 0);
+            let lba = Lba::new(place * self.blocks_per_request);
+            let direction = Direction::Read;
+            self.flights[slot] = Flight { started: Instant::ZERO, direction, place, check: Check::Yes };
+            if let Err(rejected) = self.queue.submit(OpTag(slot as u64), Request::Read { lba, buffer }) {
+                self.take_back(slot, rejected);
+                break;
+            }
+            self.read_back = place + 1;
         }
         self.queue.ring();
     }
@@ -327,25 +408,22 @@ impl Lane {
         }
     }
 
-    fn place(&mut self, pattern: Pattern, random: &Random) -> Lba {
-        let place = match pattern {
+    fn place(&mut self, pattern: Pattern, random: &Random) -> u64 {
+        match pattern {
             Pattern::Random => random.below(self.places),
             Pattern::Sequential => {
                 let place = self.next;
                 self.next = if place + 1 == self.places { 0 } else { place + 1 };
                 place
             }
-        };
-        Lba::new(place * self.blocks_per_request)
+        }
     }
 
     fn outcome(&mut self, elapsed: Duration) -> QueueOutcome {
         let figures = DeviceFigures {
-            device: String::new(),
             read: self.tally.read.figures(elapsed),
             write: self.tally.write.figures(elapsed),
-            errors: 0,
-            first_error: None,
+            ..DeviceFigures::new(String::new())
         };
         QueueOutcome { device: self.device, figures, elapsed }
     }
@@ -367,11 +445,23 @@ struct Tally {
     errors: u64,
     first_error: Option<IoError>,
     given_up: bool,
+    checked: u64,
+    wrong: u64,
+    first_wrong: Option<Wrong>,
 }
 
 impl Tally {
     fn new() -> Self {
-        Self { read: Count::new(), write: Count::new(), errors: 0, first_error: None, given_up: false }
+        Self {
+            read: Count::new(),
+            write: Count::new(),
+            errors: 0,
+            first_error: None,
+            given_up: false,
+            checked: 0,
+            wrong: 0,
+            first_wrong: None,
+        }
     }
 
     fn of(&mut self, direction: Direction) -> &mut Count {
@@ -386,6 +476,14 @@ impl Tally {
         self.errors += 1;
         self.given_up |= self.errors >= QUEUE_ERROR_LIMIT || matches!(error, IoError::DeviceFailed { .. });
         self.first_error.get_or_insert(error);
+    }
+
+    fn note_check(&mut self, outcome: Result<(), Wrong>) {
+        self.checked += 1;
+        if let Err(wrong) = outcome {
+            self.wrong += 1;
+            self.first_wrong.get_or_insert(wrong);
+        }
     }
 
     /// Forgets what the warm-up did, but not its errors.

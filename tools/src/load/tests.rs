@@ -115,7 +115,7 @@ fn verified(load: &Load, rule: Option<FaultRule>) -> DeviceFigures {
     let transport = Arc::new(EmbeddedTransport::new(emulator, "emu:verify"));
     let options = ControllerOptions::default();
     let controller = Controller::bring_up(transport, Arc::new(SystemTiming::default()), &options).unwrap();
-    let measured = measure(&[controller.clone()], &[0, 0], load).unwrap();
+    let measured = measure(std::slice::from_ref(&controller), &[0, 0], load).unwrap();
     controller.shutdown().unwrap();
     measured.total()
 }

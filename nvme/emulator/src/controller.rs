@@ -30,7 +30,7 @@ use crate::error::EmulatorError;
 use crate::faults::FaultPlan;
 use crate::faults::book::FaultBook;
 use crate::gate::Gate;
-use crate::interrupt::{MASK_REGISTER, MASK_VECTOR, Vector, VectorMask};
+use crate::interrupt::{MASK_REGISTER, MASK_VECTOR, Relay, Vector, VectorMask};
 use crate::latency::{Clock, Latency};
 use crate::locks::lock;
 use crate::namespace::Namespace;
@@ -139,6 +139,11 @@ impl EmulatedController {
     /// [`EmulatorError::NoVector`].
     pub fn set_interrupt(&self, vector: u16, eventfd: OwnedFd) -> Result<(), EmulatorError> {
         self.vector(vector).map(|v| v.connect(Some(eventfd)))
+    }
+
+    /// Has `relay` send the messages of `vector`.
+    pub(crate) fn relay_interrupt(&self, vector: u16, relay: Arc<dyn Relay>) -> Result<(), EmulatorError> {
+        self.vector(vector).map(|v| v.relay(relay, vector))
     }
 
     /// Disconnects `vector`.

@@ -8,9 +8,9 @@
 //!
 //! Excludes: deciding when a message is due (`queue`, `controller`).
 
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Mutex;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -32,18 +32,35 @@ pub enum VectorMask {
     Unmasked,
 }
 
+/// Passes interrupts on to somebody whose eventfds must not be written to by the controller's own threads. Never blocks.
+pub(crate) trait Relay: Send + Sync {
+    fn raise(&self, vector: u16);
+}
+
+/// Where a vector's messages go.
+enum Receiver {
+    Eventfd(OwnedFd),
+    /// Somebody else sends them, who knows the vector by this number.
+    Relay(Arc<dyn Relay>, u16),
+}
+
 /// One vector. Alone in its cache lines: each message changes it, and different queues send from different cores.
-#[derive(Debug, Default)]
+#[derive(Default)]
 #[repr(align(128))]
 pub(crate) struct Vector {
     state: AtomicU8,
-    eventfd: Mutex<Option<OwnedFd>>,
+    receiver: Mutex<Option<Receiver>>,
     sent: AtomicU64,
 }
 
 impl Vector {
     pub(crate) fn connect(&self, eventfd: Option<OwnedFd>) {
-        *lock(&self.eventfd) = eventfd;
+        *lock(&self.receiver) = eventfd.map(Receiver::Eventfd);
+    }
+
+    /// Has `relay` send the messages, as those of `vector`.
+    pub(crate) fn relay(&self, relay: Arc<dyn Relay>, vector: u16) {
+        *lock(&self.receiver) = Some(Receiver::Relay(relay, vector));
     }
 
     pub(crate) fn raise(&self) {
@@ -81,20 +98,28 @@ impl Vector {
 
     fn send(&self) {
         self.state.fetch_and(!PENDING, Ordering::AcqRel);
-        let guard = lock(&self.eventfd);
-        let Some(eventfd) = guard.as_ref() else { return };
+        let guard = lock(&self.receiver);
+        let Some(receiver) = guard.as_ref() else { return };
         self.sent.fetch_add(1, Ordering::Relaxed);
-        // Its owner may have made it blocking again: one that has no room is not written to.
-        let mut room = [PollFd::new(eventfd.as_fd(), PollFlags::POLLOUT)];
-        if poll(&mut room, PollTimeout::ZERO) == Ok(0) {
-            return;
+        match receiver {
+            Receiver::Eventfd(eventfd) => signal(eventfd.as_fd()),
+            Receiver::Relay(relay, vector) => relay.raise(*vector),
         }
-        // A full counter (EAGAIN) means that the host has not read the earlier messages: it is told already.
-        if let Err(errno) = nix::unistd::write(eventfd.as_fd(), &1u64.to_ne_bytes())
-            && errno != nix::errno::Errno::EAGAIN
-        {
-            tracing::error!(%errno, "interrupt eventfd cannot be written");
-        }
+    }
+}
+
+/// Adds 1 to an eventfd.
+pub(crate) fn signal(eventfd: BorrowedFd<'_>) {
+    // Its owner may have made it blocking again: one that has no room is not written to.
+    let mut room = [PollFd::new(eventfd, PollFlags::POLLOUT)];
+    if poll(&mut room, PollTimeout::ZERO) == Ok(0) {
+        return;
+    }
+    // A full counter (EAGAIN) means that the host has not read the earlier messages: it is told already.
+    if let Err(errno) = nix::unistd::write(eventfd, &1u64.to_ne_bytes())
+        && errno != nix::errno::Errno::EAGAIN
+    {
+        tracing::error!(%errno, "interrupt eventfd cannot be written");
     }
 }
 

@@ -6,6 +6,7 @@
 //! ```text
 //!  client ── messages ──► session ──► registers, configuration space, interrupts, DMA mappings
 //!         ── stores ────► doorbell page ──► poller ──► controller.doorbell
+//!         ◄── eventfds ── notifier ◄── vectors
 //! ```
 //!
 //! Invariants:
@@ -19,6 +20,8 @@
 mod config_space;
 mod doorbells;
 mod memory;
+mod notifier;
+mod pace;
 mod session;
 
 use std::fs;
@@ -63,15 +66,24 @@ pub enum ClientMemory {
 pub struct ServerOptions {
     /// Which memory of clients is mapped.
     pub memory: ClientMemory,
-    /// How long the doorbell page is watched without pause after the last doorbell.
+    /// How long the doorbell page is watched without pause after the last doorbell. On a core that others want too, it is
+    /// not.
     pub spin: Duration,
-    /// The pause between two looks at the doorbell page once nothing happens.
-    pub pause: Duration,
+    /// The pause between two looks at the doorbell page once nothing happens; doubled up to `longest_pause` as long as nothing
+    /// does.
+    pub shortest_pause: Duration,
+    /// What a client waits at most for its first command after a while.
+    pub longest_pause: Duration,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        Self { memory: ClientMemory::Any, spin: Duration::from_millis(1), pause: Duration::from_micros(50) }
+        Self {
+            memory: ClientMemory::Any,
+            spin: Duration::from_micros(200),
+            shortest_pause: Duration::from_micros(50),
+            longest_pause: Duration::from_millis(3),
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The doorbell page that a client maps, and the thread that watches it.
 //!
 //! A client's store into the page is not noticed by anybody, so a thread compares the page with what it saw last and
-//! rings the controller's doorbells. It watches without pause while there is work, and looks now and then when not.
+//! rings the controller's doorbells. How often it looks is up to [`Pace`].
 //!
 //! Invariants: a value is passed on once; when a queue begins, its slot is 0 on both sides before the client can know of the
 //! queue. A client that stores nonsense gets the events that nonsense in a doorbell gives.
@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -22,11 +22,14 @@ use nix::unistd::ftruncate;
 use nvme_spec::registers::DOORBELL_BASE;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
+use super::pace::{Next, Pace};
 use crate::controller::EmulatedController;
 use crate::queue_watch::QueueWatch;
 
 /// Looks at the page between two looks at the clock.
-const LOOKS_PER_CLOCK: u32 = 256;
+const LOOKS_PER_CLOCK: u32 = 64;
+/// How much later than asked for the system may wake the thread. Its default is as long as the shortest pause.
+const TIMER_SLACK_NS: u64 = 1000;
 
 /// Memory behind the doorbells of BAR0.
 pub(super) struct DoorbellPage {
@@ -114,34 +117,39 @@ impl Poller {
     pub(super) fn start(
         controller: Arc<EmulatedController>,
         page: Arc<DoorbellPage>,
-        (spin, pause): (Duration, Duration),
+        pace: Pace,
     ) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&stop);
-        let config = controller.config();
-        let slots = (2 * (usize::from(config.io_queues) + 1)) << config.dstrd;
-        let thread = thread::Builder::new().name("doorbells".into()).spawn(move || {
-            let mut idle_since = Instant::now();
-            let mut looks = 0;
-            while !told.load(Ordering::Relaxed) {
-                if page.scan(slots, |offset, value| controller.doorbell(offset, value)) {
-                    looks = 0;
-                    idle_since = Instant::now();
-                    continue;
-                }
-                looks += 1;
-                std::hint::spin_loop();
-                if looks < LOOKS_PER_CLOCK {
-                    continue;
-                }
-                looks = 0;
-                if idle_since.elapsed() >= spin {
-                    thread::sleep(pause);
-                    looks = LOOKS_PER_CLOCK - 1; // one look between two pauses
-                }
-            }
-        })?;
+        let thread = thread::Builder::new()
+            .name("doorbells".into())
+            .spawn(move || watch(&controller, &page, pace, &told))?;
         Ok(Self { stop, thread: Some(thread) })
+    }
+}
+
+fn watch(controller: &EmulatedController, page: &DoorbellPage, mut pace: Pace, stop: &AtomicBool) {
+    // Without it pauses are longer than asked for, no more.
+    let _ = nix::sys::prctl::set_timerslack(TIMER_SLACK_NS);
+    let config = controller.config();
+    let slots = (2 * (usize::from(config.io_queues) + 1)) << config.dstrd;
+    let mut looks = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let rung = page.scan(slots, |offset, value| controller.doorbell(offset, value));
+        looks += 1;
+        if looks < LOOKS_PER_CLOCK && !rung {
+            std::hint::spin_loop();
+            continue;
+        }
+        looks = 0;
+        match pace.next(Instant::now(), rung) {
+            Next::Look => {}
+            Next::Pause(time) => {
+                thread::sleep(time);
+                pace.slept(Instant::now());
+                looks = LOOKS_PER_CLOCK - 1; // one look between two pauses
+            }
+        }
     }
 }
 

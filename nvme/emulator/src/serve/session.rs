@@ -25,6 +25,8 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::config_space::{CONFIG_BYTES, ConfigEffect, ConfigSpace, MSIX_BAR_BYTES};
 use super::doorbells::{DoorbellPage, Poller};
 use super::memory::Memory;
+use super::notifier::Notifier;
+use super::pace::Pace;
 use super::{MESSAGE_TIMEOUT, ServerOptions, reset};
 use crate::controller::EmulatedController;
 use crate::interrupt::VectorMask;
@@ -85,6 +87,8 @@ pub(super) struct Session<'a> {
     memory: Memory,
     doorbells: Arc<DoorbellPage>,
     poller: Option<Poller>,
+    /// From the first interrupt that is connected on.
+    notifier: Option<Notifier>,
     bar0_bytes: u64,
     options: ServerOptions,
 }
@@ -106,6 +110,7 @@ impl<'a> Session<'a> {
             memory: Memory::new(controller.memory(), options.memory),
             doorbells: Arc::new(doorbells),
             poller: None,
+            notifier: None,
             bar0_bytes,
             options,
         })
@@ -151,7 +156,8 @@ impl<'a> Session<'a> {
         let ours = Capabilities { max_msg_fds: MAX_DESCRIPTORS as u64, max_data_xfer_size: MAX_DATA as u64 };
         let body = version_body(ours);
         self.channel.send_reply(&message.header, &Reply::Done { body: &body, fds: &[] }, deadline)?;
-        let pace = (self.options.spin, self.options.pause);
+        let ServerOptions { spin, shortest_pause, longest_pause, .. } = self.options;
+        let pace = Pace::new(Instant::now(), spin, shortest_pause, longest_pause);
         let poller = Poller::start(Arc::clone(self.controller), Arc::clone(&self.doorbells), pace)
             .map_err(|source| SessionEnd::System { what: "thread", source })?;
         self.poller = Some(poller);
@@ -265,7 +271,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn set_irqs(&self, body: &[u8], fds: Vec<OwnedFd>) -> Result<(), Errno> {
+    fn set_irqs(&mut self, body: &[u8], fds: Vec<OwnedFd>) -> Result<(), Errno> {
         let request = parse::<IrqSet>(body)?;
         let vectors = u32::from(self.vectors(request.index.get()).ok_or(Errno::EINVAL)?);
         let (start, count) = (request.start.get(), request.count.get());
@@ -294,7 +300,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn connect(&self, vector: u16, fd: OwnedFd) -> Result<(), Errno> {
+    fn connect(&mut self, vector: u16, fd: OwnedFd) -> Result<(), Errno> {
         // Writing to anything else might block, or do who knows what.
         let link = std::fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd)));
         if link.is_ok_and(|target| target.as_os_str() != "anon_inode:[eventfd]") {
@@ -302,7 +308,16 @@ impl<'a> Session<'a> {
         }
         let flags = OFlag::from_bits_retain(fcntl(fd.as_fd(), FcntlArg::F_GETFL)?);
         fcntl(fd.as_fd(), FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-        self.controller.set_interrupt(vector, fd).map_err(|_| Errno::EINVAL)
+        if self.notifier.is_none() {
+            let notifier = Notifier::start(self.controller.interrupt_vectors()).map_err(|error| {
+                tracing::warn!(%error, "no thread for the client's interrupts");
+                Errno::EAGAIN
+            })?;
+            self.notifier = Some(notifier);
+        }
+        let notifier = self.notifier.as_ref().ok_or(Errno::EAGAIN)?;
+        let relay = notifier.connect(vector, fd);
+        self.controller.relay_interrupt(vector, relay).map_err(|_| Errno::EINVAL)
     }
 
     /// Checks that an access lies in its region. Returns offset and count.

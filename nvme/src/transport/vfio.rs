@@ -2,7 +2,7 @@
 //! IOMMU, interrupts are eventfds.
 //!
 //! Opening looks first at everything that sysfs tells (`checks`), so that the usual obstacles have an error that says what
-//! to do. Then: container, group, IOMMU, device, bus master, BAR0.
+//! to do. Then: container, group, IOMMU, device (or, where there are nodes for devices alone: device, iommufd), bus master, BAR0.
 //!
 //! Invariants:
 //! - the device is a bus master only while the transport lives, and reaches only memory that is mapped for it;
@@ -16,7 +16,7 @@
 //! The crate vfio-ioctls is not used, only its bindings: it keeps no error numbers where they matter here, and its device
 //! panics when dropped after a hot removal, which would end a daemon that ends with the first panic.
 //!
-//! Excludes: binding drivers, iommufd.
+//! Excludes: binding drivers.
 
 mod bar;
 mod checks;
@@ -24,6 +24,7 @@ mod config;
 mod dma;
 mod info;
 mod interrupts;
+mod iommufd;
 mod iova;
 mod sys;
 
@@ -31,7 +32,7 @@ use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -46,10 +47,11 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use self::bar::Bar;
-use self::checks::Way;
+use self::checks::{Through, Way};
 use self::config::{BusMaster, Config};
 use self::dma::{Iommu, Mapper};
 use self::interrupts::{Interrupts, Table};
+use self::iommufd::{Iommufd, Linux};
 use super::slab::{SHARED_SLAB, SlabPool};
 use super::{Listen, Transport, TransportError};
 use crate::pci::{PciAddress, PciError, Sysfs};
@@ -165,6 +167,7 @@ pub enum VfioError {
 const NO_HINT: &str = "";
 const HINT_INTERRUPTS: &str = "; the kernel log says why, often that interrupt remapping is missing: turn it on in the firmware (with \
      `intremap=on` for QEMU's IOMMU)";
+const HINT_TAKEN: &str = "; another program may have the device, or another device of its IOMMU group";
 
 /// The way to a controller bound to vfio-pci.
 pub struct VfioTransport {
@@ -213,8 +216,10 @@ impl VfioTransport {
         let way = checks::check(sysfs, address)?;
         checks::check_lock_limit(sysfs, address, SHARED_SLAB as u64)?;
         let opening = Opening { sysfs, address };
-        let iommu = opening.iommu(&way)?;
-        let device = opening.device(&iommu)?;
+        let (device, iommu) = match &way.through {
+            Through::Container => opening.by_group(&way)?,
+            Through::Iommufd(iommufd) => opening.by_iommufd(&way, iommufd)?,
+        };
         opening.finish(device, iommu)
     }
 }
@@ -235,13 +240,13 @@ impl Opening<'_> {
         VfioError::Device { address: self.address, problem: problem.into() }
     }
 
-    fn open_node(&self, node: &std::path::Path) -> Result<OwnedFd, VfioError> {
+    fn open_node(&self, node: &Path) -> Result<OwnedFd, VfioError> {
         let opened = OpenOptions::new().read(true).write(true).open(node);
         opened.map(OwnedFd::from).map_err(|error| checks::refused(self.sysfs, self.address, node, error))
     }
 
-    /// A container with the group in it and an IOMMU behind it.
-    fn iommu(&self, way: &Way) -> Result<Iommu, VfioError> {
+    /// The device of a group that is put into a container with an IOMMU behind it.
+    fn by_group(&self, way: &Way) -> Result<(Arc<File>, Iommu), VfioError> {
         let group = self.open_node(&way.node)?;
         let container = self.open_node(&self.sysfs.dev("vfio/vfio"))?;
         let version = sys::api_version(container.as_fd()).map_err(self.failed("ask VFIO for its version"))?;
@@ -266,13 +271,24 @@ impl Opening<'_> {
         sys::set_container(group.as_fd(), container.as_fd())
             .map_err(hinted("put the group into a container"))?;
         sys::set_type1(container.as_fd()).map_err(hinted("set the IOMMU up"))?;
-        Ok(Iommu { container, group })
+        let name = CString::new(self.address.to_string()).expect("an address has no zero bytes");
+        let device = sys::device(group.as_fd(), &name).map_err(self.failed("open the device"))?;
+        Ok((Arc::new(File::from(device)), Iommu::Container { container, _group: group }))
     }
 
-    fn device(&self, iommu: &Iommu) -> Result<Arc<File>, VfioError> {
-        let name = CString::new(self.address.to_string()).expect("an address has no zero bytes");
-        let device = sys::device(iommu.group.as_fd(), &name).map_err(self.failed("open the device"))?;
-        Ok(Arc::new(File::from(device)))
+    /// The device by its own node, attached to an address space of its own.
+    fn by_iommufd(&self, way: &Way, iommufd: &Path) -> Result<(Arc<File>, Iommu), VfioError> {
+        let device = self.open_node(&way.node)?;
+        let iommufd = self.open_node(iommufd)?;
+        let attached = Iommufd::open(Arc::new(Linux), iommufd, device.as_fd()).map_err(|refused| {
+            let hint = match refused.errno {
+                Errno::EBUSY | Errno::EINVAL => HINT_TAKEN,
+                Errno::EPERM => HINT_INTERRUPTS,
+                _ => NO_HINT,
+            };
+            VfioError::Step { address: self.address, step: refused.step, errno: refused.errno, hint }
+        })?;
+        Ok((Arc::new(File::from(device)), Iommu::Iommufd(attached)))
     }
 
     /// From a device's descriptor to a transport.

@@ -20,8 +20,19 @@ const CAP_IPC_LOCK: u32 = 14;
 pub(super) struct Way {
     /// The group's number.
     pub(super) group: u32,
-    /// Its node.
+    /// The node that is opened: the group's, or the device's own.
     pub(super) node: PathBuf,
+    /// What is behind it.
+    pub(super) through: Through,
+}
+
+/// How a node leads to the IOMMU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Through {
+    /// The node is a group's: it goes into a container.
+    Container,
+    /// The node is a device's: it is bound to this node of iommufd.
+    Iommufd(PathBuf),
 }
 
 /// Finds the way to a controller.
@@ -38,10 +49,22 @@ pub(super) fn check(sysfs: &Sysfs, address: PciAddress) -> Result<Way, VfioError
     }
     found.check_viable(&[address])?;
     let node = sysfs.dev(format!("vfio/{group}"));
-    if !node.exists() {
-        return Err(VfioError::NoNode { address, node });
+    if node.exists() {
+        return Ok(Way { group, node, through: Through::Container });
     }
-    Ok(Way { group, node })
+    // Kernels may be built without nodes for groups, but with one for each device.
+    let iommufd = sysfs.dev("iommu");
+    match device_node(sysfs, address).filter(|_| iommufd.exists()) {
+        Some(node) => Ok(Way { group, node, through: Through::Iommufd(iommufd) }),
+        None => Err(VfioError::NoNode { address, node }),
+    }
+}
+
+/// The node of a device itself (`vfio-dev/vfioN` in its directory), if the kernel has such nodes.
+fn device_node(sysfs: &Sysfs, address: PciAddress) -> Option<PathBuf> {
+    let entries = fs::read_dir(sysfs.function(address).join("vfio-dev")).ok()?;
+    let names = entries.flatten().map(|entry| sysfs.dev("vfio/devices").join(entry.file_name()));
+    names.into_iter().find(|node| node.exists())
 }
 
 fn check_driver(controller: &PciController) -> Result<(), VfioError> {
@@ -165,6 +188,23 @@ mod tests {
         let system = ready();
         let way = check(&system.sysfs(), address()).unwrap();
         assert_eq!((way.group, way.node), (7, system.sysfs().dev("vfio/7")));
+        assert_eq!(way.through, Through::Container);
+    }
+
+    #[test]
+    fn a_controller_with_a_node_of_its_own_has_a_way_if_the_group_has_none() {
+        let system = FakeSystem::new();
+        system.function(ADDRESS, NVME, Some("vfio-pci"), Some(7));
+        system.write(&format!("sys/bus/pci/devices/{ADDRESS}/vfio-dev/vfio3/dev"), "511:3\n");
+        system.write("dev/vfio/devices/vfio3", "");
+        assert!(error(&system).contains("modprobe vfio-pci"), "there is no iommufd: {}", error(&system));
+        system.write("dev/iommu", "");
+        let way = check(&system.sysfs(), address()).unwrap();
+        assert_eq!(way.node, system.sysfs().dev("vfio/devices/vfio3"));
+        assert_eq!(way.through, Through::Iommufd(system.sysfs().dev("iommu")));
+        system.write("dev/vfio/7", "");
+        let both = check(&system.sysfs(), address()).unwrap();
+        assert_eq!(both.through, Through::Container, "the group's way is the one that was proved");
     }
 
     #[test]

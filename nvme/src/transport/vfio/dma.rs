@@ -1,4 +1,4 @@
-//! The IOMMU's side of DMA memory: a container with one group in it, and what is mapped there.
+//! The IOMMU's side of DMA memory: what a device can reach, by a container with its group in it or by an address space of its own.
 //!
 //! Invariants:
 //! - memory is mapped at addresses that the IOMMU translates, and unmapped as it was mapped;
@@ -16,6 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use nix::errno::Errno;
 
 use super::checks;
+use super::iommufd::Iommufd;
 use super::iova::IovaAllocator;
 use super::sys;
 use crate::pci::Sysfs;
@@ -28,12 +29,58 @@ const MAX_MAPPINGS: u32 = 4096;
 /// interrupts, and from 4 GiB to the 39 bits of the smallest Intel IOMMU.
 const CUSTOMARY: [RangeInclusive<u64>; 2] = [0..=0xfedf_ffff, 0x1_0000_0000..=(1 << 39) - 1];
 
-/// A container and the group in it. Dropping it gives the group back.
+/// The way to the IOMMU. Dropping it gives the device back.
 #[derive(Debug)]
-pub(super) struct Iommu {
-    pub(super) container: OwnedFd,
-    /// Held for as long as the container: closing it takes the group out.
-    pub(super) group: OwnedFd,
+pub(super) enum Iommu {
+    /// A container and the group in it.
+    Container {
+        container: OwnedFd,
+        /// Held for as long as the container: closing it takes the group out.
+        _group: OwnedFd,
+    },
+    /// An address space that the device is attached to.
+    Iommufd(Iommufd),
+}
+
+/// What an IOMMU translates.
+struct Reach {
+    ranges: Vec<RangeInclusive<u64>>,
+    /// Mappings that can still be made; `None` if there is no limit, or nobody says.
+    mappings: Option<u32>,
+}
+
+impl Iommu {
+    fn reach(&self) -> Result<Reach, Errno> {
+        match self {
+            Iommu::Container { container, .. } => {
+                let info = sys::iommu_info(container.as_fd())?;
+                tracing::debug!(page_sizes = info.page_sizes, "IOMMU of a container");
+                let ranges = info.ranges.unwrap_or_else(|| CUSTOMARY.to_vec());
+                Ok(Reach { ranges, mappings: info.mappings })
+            }
+            Iommu::Iommufd(iommufd) => Ok(Reach { ranges: iommufd.ranges()?, mappings: None }),
+        }
+    }
+
+    /// # Safety
+    /// As [`sys::map`].
+    unsafe fn map(&self, iova: u64, address: u64, bytes: u64) -> Result<(), Errno> {
+        match self {
+            // SAFETY: the caller's.
+            Iommu::Container { container, .. } => unsafe {
+                sys::map(container.as_fd(), iova, address, bytes)
+            },
+            // SAFETY: the caller's.
+            Iommu::Iommufd(iommufd) => unsafe { iommufd.map(iova, address, bytes) },
+        }
+    }
+
+    fn unmap(&self, iova: u64, bytes: u64) -> Result<u64, Errno> {
+        match self {
+            Iommu::Container { container, .. } => sys::unmap(container.as_fd(), iova, bytes),
+            Iommu::Iommufd(iommufd) => iommufd.unmap(iova, bytes),
+        }
+    }
 }
 
 /// Maps slabs at addresses of its choice.
@@ -66,16 +113,15 @@ impl Mapper {
     /// # Errors
     /// The kernel does not say what the IOMMU can do.
     pub(super) fn new(iommu: Iommu, sysfs: Sysfs) -> Result<Self, Errno> {
-        let info = sys::iommu_info(iommu.container.as_fd())?;
-        let ranges = info.ranges.unwrap_or_else(|| CUSTOMARY.to_vec());
-        tracing::debug!(?ranges, page_sizes = info.page_sizes, mappings = info.mappings, "IOMMU");
+        let Reach { ranges, mappings } = iommu.reach()?;
+        tracing::debug!(?ranges, mappings, "IOMMU");
         let state = State {
             iommu: Some(iommu),
             iovas: IovaAllocator::new(ranges),
             mapped: BTreeMap::new(),
             access: Access::Granted,
         };
-        let limit = info.mappings.map_or(MAX_MAPPINGS, |mappings| mappings.min(MAX_MAPPINGS));
+        let limit = mappings.map_or(MAX_MAPPINGS, |mappings| mappings.min(MAX_MAPPINGS));
         Ok(Self { sysfs, limit, state: Mutex::new(state) })
     }
 
@@ -130,7 +176,7 @@ impl Mapper {
 impl State {
     fn unmap(&self, iova: u64, bytes: u64) -> Result<(), String> {
         let Some(iommu) = &self.iommu else { return Ok(()) };
-        match sys::unmap(iommu.container.as_fd(), iova, bytes) {
+        match iommu.unmap(iova, bytes) {
             Ok(unmapped) if unmapped == bytes => Ok(()),
             Ok(unmapped) => Err(format!("{unmapped} bytes were mapped at {iova:#x} instead of {bytes}")),
             Err(errno) => Err(format!("{bytes} bytes at {iova:#x} stay mapped: {errno}")),
@@ -144,8 +190,8 @@ impl DmaMapper for Mapper {
         let refused = |reason: String| TransportError::Memory { bytes: memory.bytes(), reason };
         let mut state = self.lock();
         let state = &mut *state;
-        let container = match (&state.iommu, state.access) {
-            (Some(iommu), Access::Granted) => iommu.container.as_fd(),
+        let iommu = match (&state.iommu, state.access) {
+            (Some(iommu), Access::Granted) => iommu,
             _ => return Err(refused("the device's access to memory was taken away".to_owned())),
         };
         let iova = state
@@ -153,7 +199,7 @@ impl DmaMapper for Mapper {
             .allocate(bytes, SLAB_UNIT as u64)
             .ok_or_else(|| refused("no device addresses are left".to_owned()))?;
         // SAFETY: the pool keeps the slab until it calls `unmap`, and gives out no references to its memory.
-        match unsafe { sys::map(container, iova, memory.address(), bytes) } {
+        match unsafe { iommu.map(iova, memory.address(), bytes) } {
             Ok(()) => {
                 state.mapped.insert(iova, bytes);
                 Ok(iova)

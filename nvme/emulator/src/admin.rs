@@ -121,6 +121,10 @@ impl Core {
             AdminOpcode::DOORBELL_BUFFER_CONFIG => self.configure_doorbell_buffers(queue.page_shift, entry),
             AdminOpcode::FORMAT_NVM => self.format_nvm(entry),
             AdminOpcode::ASYNC_EVENT_REQUEST => self.hold_event_request(entry),
+            AdminOpcode::KEEP_ALIVE => {
+                self.keep_alive.restart(self.now_ns());
+                Ok(Outcome::Done(0))
+            }
             _ => Err(StatusCode::INVALID_OPCODE),
         }
     }

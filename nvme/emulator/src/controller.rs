@@ -31,6 +31,7 @@ use crate::faults::FaultPlan;
 use crate::faults::book::FaultBook;
 use crate::gate::Gate;
 use crate::interrupt::{MASK_REGISTER, MASK_VECTOR, Relay, Vector, VectorMask};
+use crate::keep_alive::KeepAlive;
 use crate::latency::{Clock, Latency};
 use crate::locks::lock;
 use crate::namespace::Namespace;
@@ -310,6 +311,7 @@ pub(crate) struct Core {
     pub(crate) workers: WorkerSet,
     pub(crate) faults: FaultBook,
     pub(crate) latency: Latency,
+    pub(crate) keep_alive: KeepAlive,
     clock: Clock,
     /// Told when a queue begins.
     pub(crate) queue_watch: WatchSlot,
@@ -362,6 +364,7 @@ impl Core {
             workers: WorkerSet::new(workers),
             faults: FaultBook::default(),
             latency: Latency::new(config.latency),
+            keep_alive: KeepAlive::default(),
             clock: match config.mode {
                 Mode::Threaded(_) => Clock::real(),
                 Mode::Inline | Mode::Stepped => Clock::virtual_from_zero(),
@@ -525,6 +528,9 @@ impl Core {
         if !self.is_ready() {
             return 0;
         }
+        if first == 0 {
+            self.check_keep_alive();
+        }
         let burst = match self.burst.load(Ordering::Relaxed) {
             7.. => u32::MAX,
             ab => 1 << ab,
@@ -551,7 +557,8 @@ impl Core {
     /// When the next of what waits in these queues is due, in the controller's nanoseconds.
     pub(crate) fn next_due_ns(&self, first: usize, step: usize) -> Option<u64> {
         let slots = self.submission.iter().skip(first).step_by(step);
-        if self.is_ready() { slots.filter_map(SubmissionSlot::due_ns).min() } else { None }
+        let keep_alive = if first == 0 { self.keep_alive.deadline_ns() } else { None };
+        if self.is_ready() { slots.filter_map(SubmissionSlot::due_ns).chain(keep_alive).min() } else { None }
     }
 
     pub(crate) fn now_ns(&self) -> u64 {
@@ -561,6 +568,7 @@ impl Core {
     fn advance(&self, by: Duration) {
         self.clock.advance(by);
         if self.config.mode == Mode::Inline {
+            self.check_keep_alive();
             for (qid, slot) in (0..).zip(&self.submission) {
                 if slot.due_ns().is_some_and(|due| due <= self.now_ns()) {
                     self.run_queue(qid, u32::MAX);

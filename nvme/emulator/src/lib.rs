@@ -29,6 +29,7 @@ mod gate;
 mod handshake;
 mod interrupt;
 mod io;
+mod keep_alive;
 mod latency;
 mod locks;
 mod manage;

@@ -32,6 +32,7 @@ impl Core {
             | AdminOpcode::SET_FEATURES
             | AdminOpcode::GET_FEATURES
             | AdminOpcode::ASYNC_EVENT_REQUEST
+            | AdminOpcode::KEEP_ALIVE
             | AdminOpcode::FORMAT_NVM => true,
             AdminOpcode::DOORBELL_BUFFER_CONFIG => self.config.shadow_doorbells == ShadowDoorbells::Offered,
             _ => false,

@@ -89,6 +89,7 @@ fn is_namespace_specific(core: &Core, feature: FeatureId) -> Option<bool> {
         | FeatureId::INTERRUPT_VECTOR_CONFIGURATION
         | FeatureId::WRITE_ATOMICITY_NORMAL
         | FeatureId::ASYNC_EVENT_CONFIGURATION
+        | FeatureId::KEEP_ALIVE_TIMER
         | FeatureId::HOST_BEHAVIOR_SUPPORT => Some(false),
         _ => None,
     }
@@ -100,6 +101,7 @@ impl Core {
         let timestamp = TimestampClock::reset_at(self.now_ns());
         lock(&self.admin).features = Features { timestamp, ..Features::default() };
         self.burst.store(DEFAULT_ARBITRATION as u8, Ordering::Relaxed);
+        self.keep_alive.set(0, 0);
         self.cache_enabled.store(self.has_volatile_cache(), Ordering::Relaxed);
         self.granted_queues.store(self.config.io_queues, Ordering::Relaxed);
     }
@@ -139,6 +141,7 @@ impl Core {
                 lock(&self.admin).features.async_events = value;
                 self.report_warnings();
             }
+            FeatureId::KEEP_ALIVE_TIMER => self.keep_alive.set(value, self.now_ns()),
             FeatureId::TIMESTAMP | FeatureId::HOST_BEHAVIOR_SUPPORT => {
                 self.set_feature_data(queue, feature, entry)?;
             }
@@ -240,10 +243,7 @@ impl Core {
             FeatureId::TEMPERATURE_THRESHOLD => {
                 u32::from(features.temperature[temperature_kind(entry)? as usize])
             }
-            FeatureId::ERROR_RECOVERY => {
-                let nsid = self.namespace(entry.namespace_id())?.nsid();
-                features.error_recovery.get(&nsid.get()).copied().unwrap_or(0)
-            }
+            FeatureId::ERROR_RECOVERY => self.error_recovery(features, entry.namespace_id())?,
             FeatureId::VOLATILE_WRITE_CACHE => {
                 VolatileWriteCache::new().with_wce(self.cache_enabled.load(Ordering::Relaxed)).into()
             }
@@ -258,8 +258,26 @@ impl Core {
             }
             FeatureId::WRITE_ATOMICITY_NORMAL => features.write_atomicity,
             FeatureId::ASYNC_EVENT_CONFIGURATION => features.async_events,
+            FeatureId::KEEP_ALIVE_TIMER => self.keep_alive.timeout_ms(),
             _ => 0, // power management: state 0; no coalescing; data structures
         })
+    }
+
+    /// Error Recovery of a namespace (§5.21.1.5). No namespace (0) is answered with what all of them have: hosts ask like that
+    /// who take the feature for the controller's. If they differ, there is no such answer.
+    fn error_recovery(&self, features: &Features, nsid: NamespaceId) -> Result<u32, StatusCode> {
+        let of = |nsid: NamespaceId| features.error_recovery.get(&nsid.get()).copied().unwrap_or(0);
+        if nsid != NamespaceId::NONE {
+            return Ok(of(self.namespace(nsid)?.nsid()));
+        }
+        let all = self.namespaces.list();
+        let mut values = all.iter().map(|namespace| of(namespace.nsid()));
+        let first = values.next().unwrap_or(0);
+        if values.all(|value| value == first) {
+            Ok(first)
+        } else {
+            Err(StatusCode::INVALID_NAMESPACE_OR_FORMAT)
+        }
     }
 
     fn default_value(&self, feature: FeatureId, entry: &SubmissionEntry) -> Result<u32, StatusCode> {

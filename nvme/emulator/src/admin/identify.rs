@@ -11,6 +11,7 @@ use super::ERROR_LOG_ENTRIES;
 use crate::config::{FusedOperations, SglSupport, ShadowDoorbells};
 use crate::controller::{Core, Outcome};
 use crate::io::ACWU_Z;
+use crate::keep_alive::KAS;
 use crate::namespace::Namespace;
 use crate::queue::SubmissionQueue;
 
@@ -97,6 +98,7 @@ impl Core {
         let namespaces = self.namespaces.list();
         let capacity: u128 = namespaces.iter().map(|n| u128::from(n.size_bytes())).sum();
         data.tnvmcap.set(capacity);
+        data.kas.set(KAS);
         data.sqes = SQES;
         data.cqes = CQES;
         data.nn.set(namespaces.largest);

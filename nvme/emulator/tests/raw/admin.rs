@@ -215,6 +215,23 @@ fn error_recovery_belongs_to_a_namespace() {
     assert_eq!(host.admin.ok(with_nsid(get, 5)), 9);
     assert_eq!(host.admin.status(with_nsid(set(1), 3)), StatusCode::INVALID_FIELD);
     assert_eq!(host.admin.status(with_nsid(set(1 << 16), 2)), StatusCode::INVALID_FIELD);
+    assert_eq!(host.admin.status(with_nsid(set(1), 0)), StatusCode::INVALID_NAMESPACE_OR_FORMAT);
+}
+
+/// SPDK's compliance program reads it without a namespace. That has an answer as long as all namespaces have the same.
+#[test]
+fn error_recovery_of_no_namespace_is_what_all_of_them_have() {
+    let mut host = Host::new(two_namespaces());
+    let get = SubmissionEntry::get_features(FeatureId::ERROR_RECOVERY, FeatureSelect::CURRENT);
+    let mut set = SubmissionEntry::set_features(FeatureId::ERROR_RECOVERY, 7);
+    assert_eq!(host.admin.ok(get), 0);
+    set.nsid.set(u32::MAX);
+    host.admin.ok(set);
+    assert_eq!(host.admin.ok(get), 7);
+    set.nsid.set(2);
+    set.cdw11.set(8);
+    host.admin.ok(set);
+    assert_eq!(host.admin.status(get), StatusCode::INVALID_NAMESPACE_OR_FORMAT);
 }
 
 #[test]
@@ -404,7 +421,7 @@ fn waiting_commands_can_be_aborted_and_others_cannot() {
 #[test]
 fn unknown_admin_commands_and_malformed_ones_are_refused() {
     let mut host = Host::new(memory_config(1 << 20, 512));
-    for opcode in [0x03, 0x07, 0x0d, 0x10, 0x11, 0x14, 0x18, 0x7c, 0x84, 0xc0, 0xff] {
+    for opcode in [0x03, 0x07, 0x0d, 0x10, 0x11, 0x14, 0x1c, 0x7c, 0x84, 0xc0, 0xff] {
         let entry = SubmissionEntry { opcode, ..SubmissionEntry::default() };
         assert_eq!(host.admin.status(entry), StatusCode::INVALID_OPCODE, "{opcode:#x}");
     }

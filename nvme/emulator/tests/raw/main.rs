@@ -11,6 +11,7 @@ mod fused;
 mod image;
 mod initiator;
 mod io;
+mod keep_alive;
 mod latency;
 mod namespaces;
 mod power_cut;

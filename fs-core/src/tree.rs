@@ -35,7 +35,7 @@ mod node;
 mod tests;
 mod walk;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::ops::{ControlFlow, Deref};
 use std::rc::Rc;
@@ -150,6 +150,27 @@ impl Path {
     }
 }
 
+/// The leaves that were looked at last, with the ways to them: plans look at neighbouring items of a few places in turns.
+#[derive(Default)]
+struct Recent {
+    leaves: [Option<(Path, Rc<Node>)>; Self::COUNT],
+    next: usize,
+}
+
+impl Recent {
+    const COUNT: usize = 4;
+
+    fn find(&self, key: &Key) -> Option<(Rc<Node>, Path)> {
+        let (path, node) = self.leaves.iter().flatten().find(|(path, _)| path.bounds.contains(key))?;
+        Some((Rc::clone(node), *path))
+    }
+
+    fn note(&mut self, path: Path, node: &Rc<Node>) {
+        self.leaves[self.next] = Some((path, Rc::clone(node)));
+        self.next = (self.next + 1) % Self::COUNT;
+    }
+}
+
 /// A copy-on-write B+tree.
 pub struct Tree {
     identity: TreeIdentity,
@@ -159,6 +180,8 @@ pub struct Tree {
     cohort: Cell<Cohort>,
     /// The way of the last change, for the next one. Its nodes are of the tree's cohort, so they are in memory.
     hint: Cell<Option<Path>>,
+    /// Leaves that were looked at last. Emptied by whatever changes or drops nodes.
+    recent: RefCell<Recent>,
     /// Where eviction goes on.
     hand: Cell<Key>,
     /// Children of an inner node at most; less than the format's limit only in tests.
@@ -187,6 +210,7 @@ impl Tree {
             gauge,
             cohort: Cell::new(Cohort::FIRST),
             hint: Cell::new(None),
+            recent: RefCell::default(),
             hand: Cell::new(Key::MIN),
             fanout: INNER_CAPACITY,
         }
@@ -339,6 +363,23 @@ impl Tree {
 
     /// The leaf that may hold `key`, and the way to it.
     fn descend(&self, key: &Key) -> Result<(Rc<Node>, Path), Missing> {
+        if let Some(found) = self.recent.borrow().find(key) {
+            return Ok(found);
+        }
+        let (node, path) = self.descend_from_root(key)?;
+        self.recent.borrow_mut().note(path, &node);
+        Ok((node, path))
+    }
+
+    /// Lets go of the leaves that were looked at last.
+    fn forget_recent(&self) {
+        let mut recent = self.recent.borrow_mut();
+        if recent.leaves.iter().any(Option::is_some) {
+            *recent = Recent::default();
+        }
+    }
+
+    fn descend_from_root(&self, key: &Key) -> Result<(Rc<Node>, Path), Missing> {
         let mut path = Path::ROOT;
         let mut level = self.root_level;
         let mut node = self.root.visit().map_err(|ptr| self.missing(ptr, level, &path))?;

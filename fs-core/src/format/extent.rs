@@ -269,11 +269,16 @@ impl Run {
 
     /// The run as it is stored.
     pub(crate) fn encode(&self) -> Vec<u8> {
+        self.encode_with(self.references)
+    }
+
+    /// As [`encode`](Self::encode), with another number of references.
+    pub(crate) fn encode_with(&self, references: u32) -> Vec<u8> {
         let blocks = u16::try_from(self.blocks.get()).expect("a run has at most MAX_RUN_BLOCKS blocks");
         let raw = RawRun {
             blocks: blocks.into(),
             lender: self.lender.map_or(0, |shard| 1 + u16::from(shard.get())).into(),
-            references: self.references.into(),
+            references: references.into(),
             generation: self.generation.get().into(),
         };
         let mut value = Vec::with_capacity(size_of::<RawRun>() + 4 * self.checksums.len());

@@ -184,9 +184,7 @@ impl Shard {
                 let tree = self.tree.borrow();
                 let mut batch = Batch::new(&tree, self.batch_context());
                 plan(&mut batch).and_then(|value| {
-                    for key in batch.finish().items.keys() {
-                        tree.touch(key)?;
-                    }
+                    tree.touch_all(batch.finish().items.keys())?;
                     Ok(value)
                 })
             };
@@ -211,9 +209,7 @@ impl Shard {
             let mut batch = Batch::new(&tree, self.batch_context());
             let value = plan(&mut batch)?;
             let changes = batch.finish();
-            for key in changes.items.keys() {
-                tree.touch(key)?;
-            }
+            tree.touch_all(changes.items.keys())?;
             (value, changes)
         };
         self.apply(epoch, reservation, changes);

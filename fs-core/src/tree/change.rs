@@ -11,12 +11,13 @@
 //!
 //! Excludes: search, freezing, eviction.
 
+use std::iter::Peekable;
 use std::rc::Rc;
 
 use super::leaf::{Leaf, Side};
 use super::node::{Body, Child, Cohort, Gauge, Inner, Node, NodeState};
 use super::{Missing, NodeSpace, Tree, leaf_of};
-use crate::format::node::{INNER_CAPACITY, Key, LEAF_CAPACITY, MAX_LEVEL, MAX_VALUE};
+use crate::format::node::{INNER_CAPACITY, Key, KeyBounds, LEAF_CAPACITY, MAX_LEVEL, MAX_VALUE};
 use crate::types::Epoch;
 
 /// A leaf that uses fewer bytes than this looks for a neighbour to join.
@@ -119,17 +120,53 @@ impl Tree {
         epoch: Epoch,
         space: &mut dyn NodeSpace,
     ) -> Result<(), Missing> {
-        for (key, _) in changes.clone() {
-            self.touch(key)?;
-        }
-        for (key, value) in changes {
+        self.touch_all(changes.clone().map(|(key, _)| key))?;
+        let mut changes = changes.peekable();
+        while let Some((key, value)) = changes.peek().copied() {
             let missed = match value {
                 Some(value) => self.insert(*key, value, epoch, space).err(),
                 None => self.remove(key, epoch, space).err(),
             };
             assert_eq!(missed, None, "changes take nothing out of memory");
+            changes.next();
+            self.apply_to_same_leaf(&mut changes, epoch, space);
         }
         Ok(())
+    }
+
+    /// [`Tree::touch`] of several keys, cheapest in key order.
+    ///
+    /// # Errors
+    /// The node that is needed first.
+    pub fn touch_all<'key>(&self, keys: impl Iterator<Item = &'key Key>) -> Result<(), Missing> {
+        let mut within: Option<KeyBounds> = None;
+        for key in keys {
+            if !within.is_some_and(|bounds| bounds.contains(key)) {
+                within = Some(self.descend(key)?.1.bounds);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the next changes that concern the leaf of the last insertion, and that neither split it nor leave it small.
+    fn apply_to_same_leaf<'change>(
+        &mut self,
+        changes: &mut Peekable<impl Iterator<Item = (&'change Key, Option<&'change [u8]>)>>,
+        epoch: Epoch,
+        space: &mut dyn NodeSpace,
+    ) {
+        let Some(path) = self.hint.get() else { return };
+        if !changes.peek().is_some_and(|(key, _)| path.bounds.contains(key)) {
+            return;
+        }
+        let (root, mut change) = self.begin(epoch, space);
+        let leaf = own_leaf(root, path.steps(), &mut change);
+        let mut near = 0;
+        let in_place = |(key, value): &(&Key, Option<&[u8]>)| {
+            path.bounds.contains(key) && leaf.change_in_place(key, *value, SMALL_LEAF, &mut near)
+        };
+        let mut in_place = in_place;
+        while changes.next_if(&mut in_place).is_some() {}
     }
 
     /// Removes the item of `key`; false if there was none, and then nothing was changed.
@@ -154,6 +191,7 @@ impl Tree {
 
     /// The root's place, for a change of a tree whose path is in memory.
     fn begin<'a>(&'a mut self, epoch: Epoch, space: &'a mut dyn NodeSpace) -> (&'a mut Rc<Node>, Change<'a>) {
+        self.forget_recent();
         let root = self.root.node_mut().expect("the path, of which the root is part, is in memory");
         assert!(epoch >= root.epoch, "change of epoch {epoch} after one of epoch {}", root.epoch);
         let (cohort, fanout, gauge) = (self.cohort.get(), self.fanout, &self.gauge);
@@ -214,6 +252,17 @@ fn insert_into(
         split_inner(inner, index + 1, change)
     });
     (inserted, split)
+}
+
+/// The leaf at the end of a path, made free for change with everything above it.
+fn own_leaf<'node>(slot: &'node mut Rc<Node>, steps: &[u16], change: &mut Change<'_>) -> &'node mut Leaf {
+    match &mut own(slot, change).body {
+        Body::Leaf(leaf) => leaf,
+        Body::Inner(inner) => {
+            let (index, steps) = next_step(steps);
+            own_leaf(inner.child_mut(index).node_mut().expect("the path is in memory"), steps, change)
+        }
+    }
 }
 
 fn next_step(steps: &[u16]) -> (usize, &[u16]) {

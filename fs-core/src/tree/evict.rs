@@ -37,6 +37,7 @@ struct Sweep<'tree> {
 impl Tree {
     /// Drops clean nodes that have not been used lately until [`Tree::resident_bytes`] is at most `target` bytes.
     pub fn evict(&self, target: usize) -> Eviction {
+        self.forget_recent();
         let mut sweep = Sweep { tree: self, target, visits: EVICT_VISITS, dropped: 0, stopped: None };
         let mut hand = self.hand.get();
         let mut fruitless = 0;

@@ -27,6 +27,7 @@ impl Tree {
     pub fn freeze(&self) -> FrozenTree {
         self.cohort.set(self.cohort.get().next());
         self.hint.set(None);
+        self.forget_recent();
         FrozenTree { identity: self.identity, root: self.root.clone(), level: self.root_level }
     }
 }

@@ -103,6 +103,59 @@ impl Leaf {
         self.used() + SLOT_SIZE + length <= LEAF_CAPACITY
     }
 
+    /// Makes a change (a new value, or removal) if that concerns this leaf alone: nothing to split, and at least `least`
+    /// bytes left in use if it is a removal. A removal of what is not there is such a change too. `near` is where the
+    /// change before, of a smaller key, was made; it is moved on.
+    pub(super) fn change_in_place(
+        &mut self,
+        key: &Key,
+        value: Option<&[u8]>,
+        least: usize,
+        near: &mut usize,
+    ) -> bool {
+        let found = self.search_near(key, *near);
+        *near = found.unwrap_or_else(|index| index);
+        match (found, value) {
+            (Ok(index), Some(value)) => {
+                let fits = self.used() - self.value_place(index).1 + value.len() <= LEAF_CAPACITY;
+                fits && self.replace(index, value)
+            }
+            (Err(index), Some(value)) => {
+                let fits = self.has_room(value.len());
+                if fits {
+                    self.insert(index, key, value);
+                }
+                fits
+            }
+            (Ok(index), None) => {
+                let enough = self.used() - self.value_place(index).1 - SLOT_SIZE >= least;
+                if enough {
+                    self.remove(index);
+                }
+                enough
+            }
+            (Err(_), None) => true,
+        }
+    }
+
+    /// As [`search`](Self::search); fastest for a key that lies at `near` or a little behind.
+    fn search_near(&self, key: &Key, near: usize) -> Result<usize, usize> {
+        let slots = self.slots();
+        let (mut low, mut step) = (near.min(slots.len()), 1);
+        if low > 0 && slots[low - 1].key.get() >= *key {
+            return self.search(key);
+        }
+        while let Some(slot) = slots.get(low + step - 1)
+            && slot.key.get() < *key
+        {
+            low += step;
+            step *= 2;
+        }
+        let high = slots.len().min(low + step);
+        let found = slots[low..high].binary_search_by(|slot| slot.key.get().cmp(key));
+        found.map(|index| low + index).map_err(|index| low + index)
+    }
+
     /// Inserts an item at `index`, which must keep the order; the item must fit.
     pub(super) fn insert(&mut self, index: usize, key: &Key, value: &[u8]) {
         assert!(value.len() <= MAX_VALUE && self.has_room(value.len()), "the item fits the leaf");

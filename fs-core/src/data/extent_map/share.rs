@@ -82,6 +82,11 @@ pub(crate) fn share(
 
 /// Adds a reference to the blocks `range` of a run, which is split for it.
 pub(super) fn add_reference(batch: &mut Batch<'_>, start: BlockNr, run: &Run, range: Range<u64>) -> Plan<()> {
+    if range == (0..run.blocks.get()) {
+        let references = run.references.checked_add(1).ok_or(FsError::TooManyLinks)?;
+        batch.put(run_key(start), run.encode_with(references));
+        return Ok(());
+    }
     put_run_around(batch, start, run, &range);
     let mut part = run.part(range.start, range.end);
     part.references = part.references.checked_add(1).ok_or(FsError::TooManyLinks)?;

@@ -55,6 +55,15 @@ pub enum Latency {
     Ignore,
 }
 
+/// What is on the device when a load begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precondition {
+    /// Whatever is there.
+    Nothing,
+    /// Everything was written once: a device need not look up what was never written, and may be quicker then.
+    Written,
+}
+
 /// Whether data is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verify {
@@ -86,6 +95,8 @@ pub struct Load {
     pub seed: u64,
     /// Whether data is checked.
     pub verify: Verify,
+    /// What is done before the time begins.
+    pub precondition: Precondition,
 }
 
 /// What came out.
@@ -292,7 +303,10 @@ impl RunningLoad {
                 .spawn(move || {
                     let made = Worker::new(plan);
                     let (worker, outcome) = match made {
-                        Ok(worker) => (Some(worker), Ok(())),
+                        Ok(mut worker) => {
+                            worker.precondition();
+                            (Some(worker), Ok(()))
+                        }
                         Err(error) => (None, Err(error)),
                     };
                     // Whoever started the load may have given up; then nobody says begin.

@@ -186,6 +186,9 @@ fn perf_verifies_what_it_wrote() {
     assert!(checked["verify"]["checked"].as_u64().unwrap() > 0, "{checked}");
     assert_eq!(checked["verify"]["wrong"], 0, "{checked}");
     assert!(checked["verify"]["first_wrong"].is_null(), "{checked}");
+    let written = document(&pollux(&[&arguments[..], &["randread", "--precondition"]].concat()));
+    assert!(written["verify"]["checked"].as_u64().unwrap() >= 2048, "{written}");
+    assert_eq!(written["verify"]["wrong"], 0, "{written}");
     let reads_only = pollux(&[&arguments[..], &["randread"]].concat());
     assert_eq!(reads_only.status.code(), Some(2));
     assert!(said(&reads_only).contains("this one only reads"), "{}", said(&reads_only));

@@ -14,7 +14,9 @@ use serde_json::{Map, Value, json};
 use super::print_json;
 use crate::device::{self, DeviceSpec, parse_size};
 use crate::failure::{During, Failure};
-use crate::load::{DeviceFigures, Figures, Latency, Load, LoadError, Measured, Pattern, RunningLoad, Verify};
+use crate::load::{
+    DeviceFigures, Figures, Latency, Load, LoadError, Measured, Pattern, Precondition, RunningLoad, Verify,
+};
 use crate::output::outln;
 use crate::quantity::{CoreList, parse_cores, parse_seconds, show_nanos, show_rate, show_size};
 use crate::signals::{Alarm, Signals, Woken, is_readable};
@@ -82,6 +84,10 @@ pub(super) struct Perf {
     /// Write each block with data of its own, check reads of it, and read all of it back at the end; wrong data ends with exit code 1
     #[arg(long)]
     verify: bool,
+
+    /// Write all of the device once before the time begins
+    #[arg(long)]
+    precondition: bool,
 
     /// Seed of the places and the data, to repeat a load
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -205,11 +211,12 @@ impl Perf {
         if self.runtime.is_zero() {
             return Err(Failure::usage("--runtime 0 measures nothing").remedy("give at least 0.1"));
         }
-        if self.verify && self.rw.read_percent(self.rwmixread) == 100 {
+        let writes = self.rw.read_percent(self.rwmixread) < 100 || self.precondition;
+        if self.verify && !writes {
             return Err(Failure::usage(
                 "--verify checks what the same run has written, and this one only reads",
             )
-            .remedy("give --rw write, randwrite, rw or randrw"));
+            .remedy("give --rw write, randwrite, rw or randrw, or add --precondition"));
         }
         Ok(Load {
             pattern: self.rw.pattern(),
@@ -221,14 +228,23 @@ impl Perf {
             latency: if self.no_latency { Latency::Ignore } else { Latency::Record },
             seed: self.randseed,
             verify: if self.verify { Verify::On } else { Verify::Off },
+            precondition: if self.precondition { Precondition::Written } else { Precondition::Nothing },
         })
     }
 
     fn refuse_writes(&self, load: &Load) -> Result<(), Failure> {
         let lasting = self.devices.iter().find(|spec| !device::is_memory(spec));
         match lasting {
-            Some(spec) if load.read_percent < 100 && !self.destroy_data => {
-                Err(Failure::usage(format!("--rw {} would overwrite {spec}", self.rw.name()))
+            Some(spec)
+                if (load.read_percent < 100 || load.precondition == Precondition::Written)
+                    && !self.destroy_data =>
+            {
+                let option = if load.read_percent < 100 {
+                    format!("--rw {}", self.rw.name())
+                } else {
+                    "--precondition".to_owned()
+                };
+                Err(Failure::usage(format!("{option} would overwrite {spec}"))
                     .remedy("if its contents may be lost, add --destroy-data"))
             }
             _ => Ok(()),

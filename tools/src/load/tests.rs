@@ -21,6 +21,7 @@ fn load() -> Load {
         latency: Latency::Record,
         seed: 1,
         verify: Verify::Off,
+        precondition: Precondition::Nothing,
     }
 }
 
@@ -155,5 +156,24 @@ fn wrong_data_is_found_with_its_block() {
         assert!(figures.wrong > 0 && figures.errors == 0, "{effect:?}");
         let wrong = figures.first_wrong.unwrap().to_string();
         assert!(wrong.contains(says), "{effect:?}: {wrong}");
+    }
+}
+
+#[test]
+fn a_preconditioned_device_was_written_everywhere() {
+    for (block_bytes, cores) in [(4096, vec![0]), (4096, vec![0, 1, 0]), (48 << 10, vec![0, 1])] {
+        let device = memory("");
+        let load = Load {
+            read_percent: 100,
+            block_bytes,
+            verify: Verify::On,
+            precondition: Precondition::Written,
+            ..load()
+        };
+        let total = measure(&[device], &cores, &load).unwrap().total();
+        // Each place is read back once by whoever wrote it, and none by two.
+        let places = (16 << 20) / block_bytes;
+        assert!(total.checked >= places, "{} of {places} places", total.checked);
+        assert_eq!((total.wrong, total.errors, total.write.requests), (0, 0, 0), "not part of the figures");
     }
 }

@@ -9,6 +9,7 @@
 //!
 //! Excludes: adding up, and what is shown.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -20,8 +21,8 @@ use reactor::{Clock, CoreId, DmaBuffer, Instant, Random, SystemClock};
 
 use super::verify::Verifier;
 use super::{
-    DeviceFigures, Figures, Latency, Load, LoadError, Pattern, Progress, QUEUE_ERROR_LIMIT, Verify, Wrong,
-    merge, new_histogram,
+    DeviceFigures, Figures, Latency, Load, LoadError, Pattern, Precondition, Progress, QUEUE_ERROR_LIMIT,
+    Verify, Wrong, merge, new_histogram,
 };
 
 /// Completions taken from a queue in one round.
@@ -117,6 +118,21 @@ impl Worker {
             outcome.figures.first_error = lane.tally.first_error.take().map(|error| error.to_string());
         }
         outcomes
+    }
+
+    /// Writes this core's part of every device once, if that is wanted.
+    pub(super) fn precondition(&mut self) {
+        if self.load.precondition == Precondition::Nothing {
+            return;
+        }
+        // Relaxed: a hint.
+        while !self.stop.load(Ordering::Relaxed) && self.lanes.iter().any(Lane::has_to_write_once) {
+            for lane in &mut self.lanes {
+                lane.submit_once();
+                lane.poll(&self.clock, Latency::Ignore);
+            }
+        }
+        self.drain();
     }
 
     /// Keeps the load going until `end`, or until there is a reason to end early; returns the time.
@@ -238,6 +254,8 @@ struct Lane {
     places: u64,
     blocks_per_request: u64,
     next: u64,
+    /// This core's part of the places; those that were not written before the time began.
+    unwritten: Range<u64>,
     verifier: Option<Verifier>,
     /// Places before this one were read back.
     read_back: u64,
@@ -298,6 +316,12 @@ impl Lane {
             places,
             blocks_per_request: request / u64::from(block),
             next: places / part.of * part.index,
+            // The last part has what is left over.
+            unwritten: places / part.of * part.index..if part.index + 1 == part.of {
+                places
+            } else {
+                places / part.of * (part.index + 1)
+            },
             verifier: (load.verify == Verify::On).then(verifier),
             read_back: 0,
             tally: Tally::new(),
@@ -368,6 +392,32 @@ impl Lane {
                 self.take_back(slot, rejected);
                 break;
             }
+        }
+        self.queue.ring();
+    }
+
+    fn has_to_write_once(&self) -> bool {
+        !self.tally.given_up && !self.unwritten.is_empty()
+    }
+
+    /// Writes places of the own part that were not written yet, as far as buffers and the queue go.
+    fn submit_once(&mut self) {
+        while self.has_to_write_once()
+            && let Some((slot, mut buffer)) = self.idle.pop()
+        {
+            let place = self.unwritten.start;
+            let lba = Lba::new(place * self.blocks_per_request);
+            if let Some(verifier) = &mut self.verifier {
+                verifier.fill(&mut buffer, lba.get());
+            }
+            let direction = Direction::Write;
+            self.flights[slot] = Flight { started: Instant::ZERO, direction, place, check: Check::No };
+            let request = Request::Write { lba, buffer, durability: Durability::Cached };
+            if let Err(rejected) = self.queue.submit(OpTag(slot as u64), request) {
+                self.take_back(slot, rejected);
+                break;
+            }
+            self.unwritten.start += 1;
         }
         self.queue.ring();
     }

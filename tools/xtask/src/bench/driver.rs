@@ -29,6 +29,15 @@ const DEPTHS: [(u64, Option<u64>); 3] = [(1, None), (32, Some(250)), (128, Some(
 /// Depths of the comparison with a peer, and the ratio to reach.
 const PEER_GOALS: [(u32, f64); 3] = [(1, 1.2), (32, 1.2), (128, 1.0)];
 
+/// Loads on two cores: access, further options, words, and the ratio to reach. What was never written the controller need not look
+/// for: that is the driver and the queues alone. Writes make the cores take data from each other, which two processes need not.
+const TWO_CORES: [(&str, &[&str], &str, Option<f64>); 4] = [
+    ("randread", &[], "reads of what nobody wrote", Some(0.95)),
+    ("randread", &["--precondition"], "reads of written data", Some(0.95)),
+    ("randwrite", &["--precondition"], "writes of written data", None),
+    ("randrw", &["--precondition"], "reads and writes of written data", None),
+];
+
 /// How the driver is measured.
 #[derive(Args)]
 pub(crate) struct DriverOptions {
@@ -187,10 +196,12 @@ fn two_cores(pollux: &Path, options: &DriverOptions, report: &mut Report) -> any
         return Ok(());
     }
     let seconds = options.seconds;
-    // Nothing was written to the device that is only read: what is measured is the driver and the controller, not the locks and
-    // cache lines of data that both cores change.
-    for (access, words, goal) in [("randread", "reads", Some(0.95)), ("randrw", "reads and writes", None)] {
-        let perf = |cores| perf(pollux, "emu:mem,size=64MiB", access, 32, cores, seconds);
+    for (access, precondition, words, goal) in TWO_CORES {
+        let perf = |cores| {
+            let mut command = perf(pollux, "emu:mem,size=64MiB", access, 32, cores, seconds);
+            command.args(precondition);
+            command
+        };
         let (mut together, mut apart) = (Vec::new(), Vec::new());
         for _ in 0..options.rounds {
             together.push(iops_of(&perf("0,1").output()?.stdout)?);

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed step of a test is the failure of the test")]
 
+mod requests;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,8 +19,9 @@ use nvme_emulator::{
 use nvme_spec::identify::Oncs;
 use proptest::prelude::*;
 use reactor::block::{
-    BlockDevice, Completion, Durability, IoError, Lba, LbaCount, LbaRange, OpTag, RejectReason, Request,
+    BlockDevice, Durability, IoError, Lba, LbaCount, LbaRange, OpTag, RejectReason, Request,
 };
+use requests::{drain, execute, pattern, read, read_asleep, write};
 
 struct Stack {
     emulator: Arc<EmulatedController>,
@@ -44,43 +47,6 @@ fn stack(config: ControllerConfig, options: &QueueOptions) -> Stack {
 
 fn small_pool() -> QueueOptions {
     QueueOptions { pool_bytes: 16 << 20, ..QueueOptions::default() }
-}
-
-fn drain(queue: &mut QueuePair) -> Vec<Completion> {
-    queue.ring();
-    let mut done = Vec::new();
-    while queue.in_flight() > 0 {
-        queue.process_completions(64, &mut |completion| done.push(completion));
-        queue.ring();
-    }
-    done
-}
-
-fn execute(queue: &mut QueuePair, request: Request) -> Completion {
-    queue.submit(OpTag(1), request).unwrap();
-    drain(queue).pop().unwrap()
-}
-
-fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
-    (0..bytes as u64)
-        .map(|i| ((seed + i / 8).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (i % 8 * 8)) as u8)
-        .collect()
-}
-
-fn write(queue: &mut QueuePair, lba: u64, data: &[u8]) {
-    let mut buffer = queue.pool().try_alloc(data.len()).unwrap();
-    buffer.write_at(0, data);
-    let request = Request::Write { lba: Lba::new(lba), buffer, durability: Durability::Cached };
-    assert_eq!(execute(queue, request).result, Ok(()));
-}
-
-fn read(queue: &mut QueuePair, lba: u64, bytes: usize) -> Vec<u8> {
-    let buffer = queue.pool().try_alloc(bytes).unwrap();
-    let done = execute(queue, Request::Read { lba: Lba::new(lba), buffer });
-    assert_eq!(done.result, Ok(()));
-    let mut data = vec![0; bytes];
-    done.buffer.unwrap().read_at(0, &mut data);
-    data
 }
 
 #[test]
@@ -184,25 +150,9 @@ fn a_full_queue_over_many_laps_keeps_every_request_apart() {
 
 #[test]
 fn a_sleeping_owner_is_woken_by_the_interrupt() {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     let mut stack = stack(config(MODES[1](), 4096), &small_pool());
     let queue = &mut stack.queue;
-    for lba in 0..200 {
-        let buffer = queue.pool().try_alloc(4096).unwrap();
-        queue.submit(OpTag(lba), Request::Read { lba: Lba::new(lba), buffer }).unwrap();
-        queue.ring();
-        let mut done = 0;
-        while done == 0 {
-            if !queue.arm_interrupt() {
-                let mut fds = [PollFd::new(queue.interrupt().unwrap(), PollFlags::POLLIN)];
-                assert_eq!(poll(&mut fds, PollTimeout::from(20_000u16)).unwrap(), 1, "never woken");
-            }
-            queue.process_completions(8, &mut |completion| {
-                assert_eq!(completion.result, Ok(()));
-                done += 1;
-            });
-        }
-    }
+    read_asleep(queue, 200);
 }
 
 #[test]

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed step of a test is the failure of the test")]
 
+mod requests;
+
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,10 +15,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use nvme::transport::Transport;
 use nvme::transport::vfio_user::{DEFAULT_TIMEOUT, VfioUserTransport};
-use nvme::{Controller, Interrupts, OpenOptions, QueueOptions, QueuePair};
+use nvme::{Controller, Interrupts, OpenOptions, QueueOptions};
 use nvme_emulator::serve::{ClientMemory, Server, ServerOptions};
 use nvme_emulator::{ControllerConfig, EmulatedController, Mode, NamespaceConfig, ThreadOptions};
-use reactor::block::{BlockDevice, Completion, Durability, Lba, OpTag, Request};
+use reactor::block::{BlockDevice, Lba, OpTag, Request};
+use requests::{drain, pattern, read, read_asleep, write};
 
 struct Served {
     emulator: Arc<EmulatedController>,
@@ -70,40 +73,6 @@ fn served(mode: Mode) -> Served {
 
 fn small_pool() -> QueueOptions {
     QueueOptions { pool_bytes: 8 << 20, ..QueueOptions::default() }
-}
-
-fn drain(queue: &mut QueuePair) -> Vec<Completion> {
-    queue.ring();
-    let mut done = Vec::new();
-    while queue.in_flight() > 0 {
-        queue.process_completions(64, &mut |completion| done.push(completion));
-        queue.ring();
-    }
-    done
-}
-
-fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
-    (0..bytes as u64)
-        .map(|i| ((seed * 31 + i / 8).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (i % 8 * 8)) as u8)
-        .collect()
-}
-
-fn write(queue: &mut QueuePair, lba: u64, data: &[u8]) {
-    let mut buffer = queue.pool().try_alloc(data.len()).unwrap();
-    buffer.write_at(0, data);
-    let request = Request::Write { lba: Lba::new(lba), buffer, durability: Durability::Cached };
-    queue.submit(OpTag(1), request).unwrap();
-    assert_eq!(drain(queue).pop().unwrap().result, Ok(()));
-}
-
-fn read(queue: &mut QueuePair, lba: u64, bytes: usize) -> Vec<u8> {
-    let buffer = queue.pool().try_alloc(bytes).unwrap();
-    queue.submit(OpTag(2), Request::Read { lba: Lba::new(lba), buffer }).unwrap();
-    let done = drain(queue).pop().unwrap();
-    assert_eq!(done.result, Ok(()));
-    let mut data = vec![0; bytes];
-    done.buffer.unwrap().read_at(0, &mut data);
-    data
 }
 
 #[test]
@@ -164,22 +133,7 @@ fn a_sleeping_owner_is_woken() {
     let controller = served.open();
     let options = QueueOptions { interrupts: Interrupts::Enabled, ..small_pool() };
     let mut queue = controller.create_queue(&options).unwrap();
-    for lba in 0..50 {
-        let buffer = queue.pool().try_alloc(4096).unwrap();
-        queue.submit(OpTag(lba), Request::Read { lba: Lba::new(lba), buffer }).unwrap();
-        queue.ring();
-        let mut done = 0;
-        while done == 0 {
-            if !queue.arm_interrupt() {
-                let mut fds = [PollFd::new(queue.interrupt().unwrap(), PollFlags::POLLIN)];
-                assert_eq!(poll(&mut fds, PollTimeout::from(20_000u16)).unwrap(), 1, "never woken");
-            }
-            queue.process_completions(8, &mut |completion| {
-                assert_eq!(completion.result, Ok(()));
-                done += 1;
-            });
-        }
-    }
+    read_asleep(&mut queue, 50);
 }
 
 #[test]

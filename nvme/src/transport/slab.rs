@@ -52,12 +52,14 @@ impl SlabMemory {
     /// # Errors
     /// What the system says of normal pages; that there are no huge ones is none.
     pub fn new(bytes: usize) -> io::Result<Self> {
-        let bytes = bytes
-            .checked_next_multiple_of(SLAB_UNIT)
-            .filter(|&bytes| bytes > 0 && i64::try_from(bytes).is_ok())
-            .ok_or_else(|| io::Error::from(Errno::EINVAL))?;
-        Self::with_pages(bytes, MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB, SLAB_UNIT)
-            .or_else(|_| Self::with_pages(bytes, MFdFlags::empty(), PAGE_SIZE))
+        let whole = whole_units(bytes)?;
+        Self::with_pages(whole, MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB, SLAB_UNIT)
+            .or_else(|_| Self::of_normal_pages(bytes))
+    }
+
+    /// [`Self::new`], without huge pages.
+    fn of_normal_pages(bytes: usize) -> io::Result<Self> {
+        Self::with_pages(whole_units(bytes)?, MFdFlags::empty(), PAGE_SIZE)
     }
 
     fn with_pages(bytes: usize, pages: MFdFlags, page_bytes: usize) -> io::Result<Self> {
@@ -105,6 +107,14 @@ impl SlabMemory {
     pub fn slice(&self) -> VolatileSlice<'_> {
         self.mapping.as_volatile_slice()
     }
+}
+
+/// Bytes rounded up to whole [`SLAB_UNIT`]s.
+fn whole_units(bytes: usize) -> io::Result<usize> {
+    bytes
+        .checked_next_multiple_of(SLAB_UNIT)
+        .filter(|&bytes| bytes > 0 && i64::try_from(bytes).is_ok())
+        .ok_or_else(|| io::Error::from(Errno::EINVAL))
 }
 
 /// Makes memory reachable for the device.
@@ -218,10 +228,20 @@ impl<M: DmaMapper + 'static> SlabPool<M> {
     }
 
     fn map_slab(&self, bytes: usize) -> Result<Arc<Slab>, TransportError> {
-        let memory = SlabMemory::new(bytes)
-            .map_err(|error| TransportError::Memory { bytes, reason: error.to_string() })?;
-        let iova = self.mapper.map(&memory)?;
-        Ok(Arc::new(Slab { memory, iova }))
+        let failed = |error: io::Error| TransportError::Memory { bytes, reason: error.to_string() };
+        let memory = SlabMemory::new(bytes).map_err(failed)?;
+        match self.mapper.map(&memory) {
+            Ok(iova) => Ok(Arc::new(Slab { memory, iova })),
+            // Huge pages are a convenience, and not everybody takes them: a server that insists on sealed memory does not.
+            Err(refused) if memory.page_bytes > PAGE_SIZE => {
+                tracing::debug!(%refused, "huge pages are refused: normal ones instead");
+                drop(memory);
+                let memory = SlabMemory::of_normal_pages(bytes).map_err(failed)?;
+                let iova = self.mapper.map(&memory)?;
+                Ok(Arc::new(Slab { memory, iova }))
+            }
+            Err(refused) => Err(refused),
+        }
     }
 
     fn region(self: &Arc<Self>, slab: Arc<Slab>, page: usize, pages: usize) -> Arc<dyn DmaRegion> {

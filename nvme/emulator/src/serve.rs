@@ -42,8 +42,6 @@ use crate::controller::EmulatedController;
 use crate::interrupt::VectorMask;
 use session::Session;
 
-/// How long a client may take to finish a message that it began, or to take a reply.
-pub const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the controller may take to become quiet between two clients.
 const QUIET_TIMEOUT: Duration = Duration::from_secs(10);
 const QUIET_POLL: Duration = Duration::from_micros(200);
@@ -66,6 +64,8 @@ pub enum ClientMemory {
 pub struct ServerOptions {
     /// Which memory of clients is mapped.
     pub memory: ClientMemory,
+    /// How long a client may take for its first message, to finish one that it began, or to take a reply.
+    pub message_timeout: Duration,
     /// How long the doorbell page is watched without pause after the last doorbell. On a core that others want too, it is
     /// not.
     pub spin: Duration,
@@ -80,6 +80,7 @@ impl Default for ServerOptions {
     fn default() -> Self {
         Self {
             memory: ClientMemory::Any,
+            message_timeout: Duration::from_secs(10),
             spin: Duration::from_micros(200),
             shortest_pause: Duration::from_micros(50),
             longest_pause: Duration::from_millis(3),

@@ -4,7 +4,7 @@
 //! the session.
 //!
 //! Invariants: one message at a time, in order; a reply to every message that wants one; no message holds the session
-//! longer than [`MESSAGE_TIMEOUT`]. The controller's workers may hold it while they finish a command.
+//! longer than [`ServerOptions::message_timeout`]. The controller's workers may hold it while they finish a command.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -27,7 +27,7 @@ use super::doorbells::{DoorbellPage, Poller};
 use super::memory::Memory;
 use super::notifier::Notifier;
 use super::pace::Pace;
-use super::{MESSAGE_TIMEOUT, ServerOptions, reset};
+use super::{ServerOptions, reset};
 use crate::controller::EmulatedController;
 use crate::interrupt::VectorMask;
 
@@ -136,15 +136,19 @@ impl<'a> Session<'a> {
         }
     }
 
+    fn message_deadline(&self) -> Instant {
+        Instant::now() + self.options.message_timeout
+    }
+
     fn next(&self, stop: BorrowedFd<'_>) -> Result<Message, SessionEnd> {
         self.channel.wait_readable(Some(stop), None)?;
-        Ok(self.channel.receive(MAX_MESSAGE, Some(stop), Instant::now() + MESSAGE_TIMEOUT)?)
+        Ok(self.channel.receive(MAX_MESSAGE, Some(stop), self.message_deadline())?)
     }
 
     /// The first message, and a thread for the doorbells.
     fn greet(&mut self, stop: BorrowedFd<'_>) -> Result<(), SessionEnd> {
-        let message = self.channel.receive(MAX_MESSAGE, Some(stop), Instant::now() + MESSAGE_TIMEOUT)?;
-        let deadline = Instant::now() + MESSAGE_TIMEOUT;
+        let message = self.channel.receive(MAX_MESSAGE, Some(stop), self.message_deadline())?;
+        let deadline = self.message_deadline();
         if message.header.command != Command::VERSION || !message.header.is_command() {
             let _ = self.channel.send_reply(&message.header, &Reply::Failed(Errno::EINVAL), deadline);
             return Err(SessionEnd::NoVersion(message.header.command));
@@ -173,7 +177,7 @@ impl<'a> Session<'a> {
         if !header.wants_reply() {
             return Ok(());
         }
-        let deadline = Instant::now() + MESSAGE_TIMEOUT;
+        let deadline = self.message_deadline();
         match answer {
             Ok(answer) => {
                 let bar0 = [self.doorbells.fd()];

@@ -2,12 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed step of a test is the failure of the test")]
 
+mod client;
+mod rude;
+
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -16,126 +17,16 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nvme_emulator::serve::{ClientMemory, ServeError, Server, ServerOptions};
 use nvme_emulator::{ControllerConfig, EmulatedController, NamespaceConfig};
 use vfio_user_protocol::{
-    Capabilities, Channel, Command, DmaFlags, DmaMap, DmaUnmap, IrqInfo, IrqSet, IrqSetFlags, MAX_MESSAGE,
-    Message, RegionAccess, RegionInfo, UnmapFlags, irq_index, parse_sparse_areas, region, version_body,
+    Capabilities, Channel, Command, DmaFlags, IrqInfo, IrqSet, IrqSetFlags, MAX_MESSAGE, RegionAccess,
+    RegionInfo, UnmapFlags, irq_index, parse_sparse_areas, region, version_body,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-struct Served {
-    emulator: Arc<EmulatedController>,
-    path: PathBuf,
-    stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
-    _folder: tempfile::TempDir,
-}
-
-fn served(memory: ClientMemory) -> Served {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("cntrl");
-    let config = ControllerConfig::with_namespace(NamespaceConfig::memory(1 << 20));
-    let emulator = EmulatedController::new(config).unwrap();
-    let options = ServerOptions { memory, ..ServerOptions::default() };
-    let server = Server::bind(Arc::clone(&emulator), &path, options).unwrap();
-    let stop = Arc::new(EventFd::new().unwrap());
-    let told = Arc::clone(&stop);
-    let thread = std::thread::spawn(move || server.run(told.as_fd()).unwrap());
-    Served { emulator, path, stop, thread: Some(thread), _folder: folder }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        self.stop.write(1).unwrap();
-        self.thread.take().unwrap().join().unwrap();
-        assert!(!self.path.exists(), "the socket is removed");
-    }
-}
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
-}
-
-struct Client(Channel);
-
-impl Client {
-    fn connect(path: &Path) -> Self {
-        let client = Self(Channel::connect(path, soon()).unwrap());
-        client.ask(Command::VERSION, &version_body(Capabilities::default()), &[]).unwrap();
-        client
-    }
-
-    fn exchange(&self, command: Command, body: &[u8], fds: &[BorrowedFd<'_>]) -> Message {
-        self.0.send_command((9, command, 0), &[body], fds, soon()).unwrap();
-        let reply = self.0.receive(MAX_MESSAGE, None, soon()).unwrap();
-        assert_eq!((reply.header.id, reply.header.command), (9, command));
-        reply
-    }
-
-    fn ask(&self, command: Command, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<Vec<u8>, Errno> {
-        let reply = self.exchange(command, body, fds);
-        if reply.header.failed() {
-            return Err(Errno::from_raw(reply.header.error as i32));
-        }
-        Ok(reply.body)
-    }
-
-    fn read32(&self, region: u32, offset: u64) -> u32 {
-        let access = RegionAccess { offset: offset.into(), region: region.into(), count: 4.into() };
-        let body = self.ask(Command::REGION_READ, access.as_bytes(), &[]).unwrap();
-        u32::from_le_bytes(body[16..].try_into().unwrap())
-    }
-
-    fn write(&self, region: u32, offset: u64, data: &[u8]) {
-        let count = (data.len() as u32).into();
-        let access = RegionAccess { offset: offset.into(), region: region.into(), count };
-        self.ask(Command::REGION_WRITE, &[access.as_bytes(), data].concat(), &[]).unwrap();
-    }
-
-    /// Enables the controller with an admin queue of 64 entries: submissions at `iova`, completions a page behind.
-    fn enable(&self, iova: u64) {
-        self.write(region::BAR0, 0x24, &0x003f_003fu32.to_le_bytes());
-        self.write(region::BAR0, 0x28, &iova.to_le_bytes());
-        self.write(region::BAR0, 0x30, &(iova + 4096).to_le_bytes());
-        self.write(region::BAR0, 0x14, &0x0046_0001u32.to_le_bytes());
-        let deadline = soon();
-        while self.read32(region::BAR0, 0x1c) & 1 == 0 {
-            assert!(Instant::now() < deadline, "never ready");
-        }
-    }
-
-    fn map(&self, iova: u64, bytes: u64, flags: DmaFlags, fd: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
-        let map = DmaMap {
-            argsz: 32.into(),
-            flags: flags.bits().into(),
-            offset: 0.into(),
-            address: iova.into(),
-            size: bytes.into(),
-        };
-        let fds: Vec<_> = fd.into_iter().collect();
-        self.ask(Command::DMA_MAP, map.as_bytes(), &fds).map(drop)
-    }
-
-    fn unmap(&self, iova: u64, bytes: u64, flags: UnmapFlags) -> Result<(), Errno> {
-        let unmap = DmaUnmap {
-            argsz: 24.into(),
-            flags: flags.bits().into(),
-            address: iova.into(),
-            size: bytes.into(),
-        };
-        self.ask(Command::DMA_UNMAP, unmap.as_bytes(), &[]).map(drop)
-    }
-}
+use client::{Client, RW, memory, served, soon};
 
 fn parse<T: FromBytes + KnownLayout + Immutable>(body: &[u8]) -> T {
     T::read_from_prefix(body).unwrap().0
 }
-
-fn memory(bytes: u64) -> OwnedFd {
-    let fd = memfd_create("test", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap();
-    nix::unistd::ftruncate(&fd, bytes as i64).unwrap();
-    fd
-}
-
-const RW: DmaFlags = DmaFlags::READ.union(DmaFlags::WRITE);
 
 #[test]
 fn it_looks_like_an_nvme_controller() {

@@ -193,17 +193,19 @@ mod tests {
             eventfd.write(u64::MAX - 1).unwrap();
             let (writes, written) = mpsc::channel();
             let send = move |fd: BorrowedFd<'_>| {
-                writes.send(()).unwrap();
+                writes.send("begins").unwrap();
                 nix::unistd::write(fd, &1u64.to_ne_bytes()).unwrap();
+                writes.send("ends").unwrap();
             };
             let notifier = Notifier::start_with(1, Box::new(send)).unwrap();
             let relay = notifier.connect(0, share(&eventfd));
             relay.raise(0);
-            written.recv().unwrap();
+            assert_eq!(written.recv(), Ok("begins"));
             for _ in 0..1000 {
                 relay.raise(0);
             }
             drop(notifier);
+            assert_eq!(written.recv(), Ok("ends"), "the thread is not left behind");
             done.send(()).unwrap();
         });
         assert!(finished.recv_timeout(DEADLINE).is_ok(), "it waits for the client");

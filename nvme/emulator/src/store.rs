@@ -1,6 +1,6 @@
 //! Where a namespace's bytes rest.
 //!
-//! Owns: [`Store`], what every backing does, and its errors. Backings: [`memory`] (sparse, in this process), [`file`]
+//! Owns: [`Store`], what every backing does, and its errors. Backings: [`memory`] (sparse, in this process), [`file`](mod@file)
 //! (a sparse image), [`write_cache`] (either of them behind a modelled volatile write cache).
 //!
 //! Invariants: offsets and lengths are in bytes, multiples of 512, and already checked against the namespace's size.

@@ -96,6 +96,41 @@ fn senseless_command_lines_exit_with_2() {
     assert_eq!(run(env!("CARGO_BIN_EXE_polluxd"), &["--mount", "/mnt"]).status.code(), Some(2));
 }
 
+/// What a user can get wrong about a device, and the words that say so; PCI devices in the wrong hands are in the driver's own tests.
+#[test]
+fn every_bad_device_is_an_error_that_says_what_is_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "no socket").unwrap();
+    let (file, absent) = (file.display(), folder.path().join("absent"));
+    let absent = absent.display();
+    for (device, code, says) in [
+        ("nvme:x".to_owned(), 2, "must begin with `emu:`, `pci:` or `vfio-user:`"),
+        ("pci:01:00".to_owned(), 2, "the function is missing"),
+        ("pci:zz:00.0".to_owned(), 2, "is not 2 hexadecimal digits"),
+        ("pci:01:00.0,speed=9".to_owned(), 2, "`speed` is not an option of `pci:` devices; those are"),
+        ("pci:ffff:ff:1f.7".to_owned(), 1, "there is no such PCI device; `pollux list` shows"),
+        ("emu:mem".to_owned(), 2, "a device in memory needs a size"),
+        ("emu:mem,size=1MiB,speed=9".to_owned(), 2, "`speed` is not an option of `emu:` devices; those are"),
+        ("emu:mem,size=1MiB,ns7=1MiB,ns=2".to_owned(), 1, "no active namespace 2 (active: 1, 7)"),
+        ("emu:mem,size=1MiB,meta=8".to_owned(), 1, "8 bytes of metadata a block, which is not supported"),
+        (format!("emu:{absent}"), 1, "does not exist; add a size to create it"),
+        (format!("vfio-user:{absent}"), 1, "is the server running, and is this its socket?"),
+        (format!("vfio-user:{file}"), 1, "it is not a socket"),
+        (
+            format!("vfio-user:{file},size=1GiB"),
+            2,
+            "`size` is not an option of `vfio-user:` devices; those are",
+        ),
+    ] {
+        let output = pollux(&["perf", "--rw", "read", "--runtime", "0.1", "--device", &device]);
+        let said = said(&output);
+        assert_eq!(output.status.code(), Some(code), "{device}: {said}");
+        assert!(said.contains(says), "{device}: {said}");
+        assert!(!said.contains("fewer cores"), "{device}: another remedy than what is wrong: {said}");
+    }
+}
+
 #[test]
 fn perf_gives_the_documented_keys() {
     for rw in ["randread", "randwrite", "read", "write", "randrw", "rw"] {

@@ -24,6 +24,7 @@ mod connection;
 mod device;
 
 use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -57,7 +58,7 @@ const IOVA_LIMIT: u64 = 1 << 48;
 #[non_exhaustive]
 pub enum VfioUserError {
     /// Nobody is there.
-    #[error("cannot connect to {}: {source}{}", path.display(), hint(source))]
+    #[error("cannot connect to {}: {source}{}", path.display(), hint(path, source))]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -90,8 +91,11 @@ pub enum VfioUserError {
     },
 }
 
-fn hint(source: &std::io::Error) -> &'static str {
+fn hint(path: &Path, source: &std::io::Error) -> &'static str {
+    let is_socket = |path: &Path| std::fs::metadata(path).is_ok_and(|found| found.file_type().is_socket());
     match source.kind() {
+        // What is connected to need not be a socket to be refused.
+        std::io::ErrorKind::ConnectionRefused if !is_socket(path) => " (it is not a socket)",
         std::io::ErrorKind::NotFound => " (is the server running, and is this its socket?)",
         std::io::ErrorKind::ConnectionRefused => " (the server that left this socket is gone)",
         std::io::ErrorKind::TimedOut => " (the server does not accept; does it serve another client?)",

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use nvme::Controller;
+use nvme::{Controller, QueueError};
 use serde_json::{Map, Value, json};
 
 use super::print_json;
@@ -260,7 +260,7 @@ impl Perf {
         let running = RunningLoad::start(controllers, self.cores.ids(), load).map_err(|error| {
             let failure = Failure::new(format!("cannot measure: {error}"));
             match error {
-                LoadError::Queue { .. } => failure
+                LoadError::Queue { error: QueueError::NoQueueLeft { .. }, .. } => failure
                     .remedy("name fewer cores with --cores, or more queues in the device spec: ,queues=N"),
                 _ => failure,
             }

@@ -261,7 +261,7 @@ impl Connection {
         self.request(Command::REGION_WRITE, &[access.as_bytes(), bytes], &[]).map(drop)
     }
 
-    /// Sends a write whose reply nobody waits for. A server that has no room for it for [`POST_PATIENCE`] loses it.
+    /// Sends a write whose reply nobody waits for. What the server has no room for waits in line.
     pub(super) fn post_write(&self, region: u32, offset: u64, bytes: [u8; 4]) {
         if self.gone.load(Ordering::Acquire) {
             return;

@@ -319,8 +319,10 @@ impl Opening<'_> {
             Mapper::new(iommu, self.sysfs.clone()).map_err(self.failed("ask what the IOMMU can do"))?;
         let limit = mapper.limit();
         config.enable(BusMaster::On).map_err(configured)?;
+        let interrupts = Interrupts::new(Arc::clone(&device), vectors, table);
+        interrupts.prepare();
         let open = OpenDevice {
-            interrupts: Interrupts::new(Arc::clone(&device), vectors, table),
+            interrupts,
             bar,
             config,
             can_reset: info.flags & VFIO_DEVICE_FLAGS_RESET != 0,

@@ -1,7 +1,8 @@
 //! MSI-X vectors behind eventfds, and the two notifications of VFIO itself.
 //!
-//! All vectors are enabled together, at the first connection: kernels before 6.5 cannot add one later. Those that nobody
-//! connected raise nothing.
+//! All vectors are enabled together: kernels before 6.5 cannot add one later. Those that nobody connected raise nothing. That
+//! is done before the controller is enabled: a controller may look only then whether its admin queue has MSI-X, as QEMU's
+//! does, and stay silent for good.
 //!
 //! A vector is held back by its mask bit in the MSI-X table, where the kernel lets that be mapped: a store, no system
 //! call. The function keeps what it holds back pending (PCI Local Bus Specification 3.0 §6.8.3). Elsewhere nothing is
@@ -41,7 +42,7 @@ pub(super) struct Table {
 pub(super) struct Interrupts {
     device: Arc<File>,
     vectors: u32,
-    /// How many are enabled; 0 before the first connection.
+    /// How many are enabled; 0 before the first attempt that succeeded.
     enabled: Mutex<u32>,
     table: Option<Table>,
 }
@@ -55,6 +56,14 @@ impl Interrupts {
     /// Vectors that can be connected.
     pub(super) fn vectors(&self) -> u16 {
         self.vectors as u16
+    }
+
+    /// Enables the vectors. What does not work is told by the first connection, which tries again.
+    pub(super) fn prepare(&self) {
+        let mut enabled = self.enabled.lock().unwrap_or_else(PoisonError::into_inner);
+        if *enabled == 0 && self.vectors > 0 {
+            *enabled = self.enable(0).unwrap_or(0);
+        }
     }
 
     /// Makes a vector write to an eventfd.

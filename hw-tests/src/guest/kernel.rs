@@ -37,7 +37,7 @@ const WANTED: &[&str] = &[
 ];
 
 /// Not loaded when the guest starts: a step does that.
-const AT_HAND: &[&str] = &["e1000"];
+const AT_HAND: &[&str] = &["e1000", "raid1", "dm_mod"];
 
 /// A kernel and its modules, unpacked.
 pub(super) struct Kernel {

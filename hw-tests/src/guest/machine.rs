@@ -201,6 +201,11 @@ fn root_filesystem(environment: &Environment, kernel: &Kernel) -> Result<Vec<u8>
             archive.program(&format!("bin/{name}"), 0o755, &path)?;
         }
     }
+    // The busybox here has no device mapper, and its cp no --reflink.
+    for (name, path) in [("dmsetup", "bin/dmsetup"), ("cp", "bin/gnu-cp")] {
+        let source = find(name).with_context(|| format!("{name} is missing"))?;
+        archive.program(path, 0o755, &source)?;
+    }
     // Without it an ordinary user cannot mount; steps look for it.
     if let Some(path) = find("fusermount3") {
         archive.program("bin/fusermount3", 0o4755, &path)?;
@@ -244,6 +249,7 @@ pub fn missing(environment: &Environment) -> Option<String> {
         ("setpriv", "util-linux"),
         ("ldd", "libc-bin"),
         ("dpkg-deb", "dpkg"),
+        ("dmsetup", "dmsetup"),
     ];
     let absent: Vec<&str> =
         packages.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();

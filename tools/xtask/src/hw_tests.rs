@@ -44,9 +44,11 @@ impl Tier {
         match self {
             Tier::Emu => &[],
             Tier::Qtest => &[("qemu-system-x86_64", "qemu-system-x86")],
-            Tier::Guest | Tier::All => {
-                &[("qemu-system-x86_64", "qemu-system-x86"), ("busybox", "busybox-static"), ("cpio", "cpio")]
-            }
+            Tier::Guest | Tier::All => &[
+                ("qemu-system-x86_64", "qemu-system-x86"),
+                ("busybox", "busybox-static"),
+                ("dmsetup", "dmsetup"),
+            ],
         }
     }
 }
@@ -109,7 +111,7 @@ pub(crate) fn run(steps: &mut Steps, options: &HwTestsOptions) {
 }
 
 /// Installs what is missing, if it can; what that leaves out, the program reports.
-fn install(tier: Tier) {
+pub(crate) fn install(tier: Tier) {
     let missing = packages::missing_of(tier.programs());
     if missing.is_empty() {
         return;

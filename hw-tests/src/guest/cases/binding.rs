@@ -1,5 +1,7 @@
 //! `pollux list`, `bind` and `unbind` on a kernel that has an IOMMU.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
@@ -12,6 +14,9 @@ pub(super) const PARTS: &[Part] = &[
     ("each_driver_reads_what_the_other_wrote", same_bytes),
     ("a_mounted_drive_is_not_taken", mounted),
     ("a_drive_swapped_to_is_not_taken", swapped_to),
+    ("a_drive_in_an_array_is_not_taken", in_an_array),
+    ("a_drive_with_a_logical_volume_is_not_taken", mapped),
+    ("a_drive_that_a_program_has_open_is_not_taken", held_open),
     ("a_group_that_is_not_viable_is_refused", not_viable),
 ];
 
@@ -96,6 +101,55 @@ fn swapped_to(guest: &mut Guest) -> Result<()> {
     guest.refused(&format!("pollux bind {NEIGHBOURED}"), &["swap"])?;
     ensure!(guest.driver(NEIGHBOURED)? == "nvme", "it was taken from the kernel");
     guest.ok(&format!("swapoff {device}"))?;
+    guest.quiet_kernel()
+}
+
+/// An array without metadata, of this drive alone, as the kernel's files make it.
+fn in_an_array(guest: &mut Guest) -> Result<()> {
+    let device = guest.block_device(NEIGHBOURED)?;
+    guest.ok("insmod /modules/md_mod.ko && insmod /modules/raid1.ko && echo md_pollux >/sys/module/md_mod/parameters/new_array")?;
+    let name = device.trim_start_matches("/dev/");
+    guest.ok(&format!(
+        "set -e; cd /sys/block/md_pollux/md; echo none >metadata_version; echo raid1 >level; echo 2 >raid_disks; \
+         cat /sys/class/block/{name}/dev >new_dev; echo 65536 >component_size; echo 0 >dev-{name}/slot; echo active >array_state"
+    ))?;
+    guest.ok("dd if=/dev/zero of=/dev/md_pollux bs=64k count=1 conv=fsync")?;
+    let drive = entry(guest, NEIGHBOURED)?;
+    ensure!(drive["in_use"] == true, "list does not say that it is in use: {drive}");
+    guest.refused(&format!("pollux bind {NEIGHBOURED}"), &["held by md_pollux"])?;
+    ensure!(guest.driver(NEIGHBOURED)? == "nvme", "it was taken from the kernel");
+    guest.ok("echo clear >/sys/block/md_pollux/md/array_state && rmmod raid1")?;
+    guest.until(Duration::from_secs(30), &format!("test -z \"$(ls /sys/class/block/{name}/holders)\""))?;
+    guest.ok("rmmod md_mod")?;
+    Ok(())
+}
+
+/// The device mapper's table is what LVM would load; mounted, too, which is the use at the top of the stack.
+fn mapped(guest: &mut Guest) -> Result<()> {
+    let device = guest.block_device(NEIGHBOURED)?;
+    guest.ok("insmod /modules/dm_mod.ko && mkdir -p /dev/mapper /mnt/kernel")?;
+    guest.ok(&format!(
+        "dmsetup --noudevsync create pollux-home -u LVM-pollux --table '0 65536 linear {device} 2048' && \
+         dmsetup --noudevsync mknodes && mke2fs /dev/mapper/pollux-home"
+    ))?;
+    guest.refused(&format!("pollux bind {NEIGHBOURED}"), &["held by dm-0", "LVM volume"])?;
+    guest.ok("mount -t ext2 /dev/mapper/pollux-home /mnt/kernel")?;
+    guest.refused(&format!("pollux bind {NEIGHBOURED}"), &["LVM volume", "is mounted on /mnt/kernel"])?;
+    ensure!(guest.driver(NEIGHBOURED)? == "nvme", "it was taken from the kernel");
+    guest.ok("umount /mnt/kernel && dmsetup --noudevsync remove pollux-home && rmmod dm_mod")?;
+    guest.quiet_kernel()
+}
+
+fn held_open(guest: &mut Guest) -> Result<()> {
+    let device = guest.block_device(NEIGHBOURED)?;
+    guest.ok(&format!("sleep 1000 <{device} >/dev/null 2>&1 & echo $! >/tmp/holder"))?;
+    let pid = guest.ok("cat /tmp/holder")?;
+    let words = format!("{device} is open in process {}", pid.trim());
+    guest.refused(&format!("pollux bind {NEIGHBOURED}"), &[&words])?;
+    ensure!(guest.driver(NEIGHBOURED)? == "nvme", "it was taken from the kernel");
+    guest.ok("kill $(cat /tmp/holder); rm /tmp/holder")?;
+    guest.bind(NEIGHBOURED).context("after the program ended")?;
+    guest.unbind(NEIGHBOURED)?;
     guest.quiet_kernel()
 }
 

@@ -17,6 +17,8 @@ pub struct Configuration {
     namespaces: &'static [&'static str],
     /// What follows the address in the device's spec.
     suffix: &'static str,
+    /// The parts of the suite that it is about.
+    parts: &'static [&'static str],
     /// Whether another controller stands beside it.
     second: bool,
 }
@@ -26,6 +28,7 @@ pub(super) const LARGE_BLOCKS: Configuration = Configuration {
     controller: "drive=image0,logical_block_size=4096,physical_block_size=4096,mdts=1",
     namespaces: &[],
     suffix: "",
+    parts: &["io/", "commands/"],
     second: false,
 };
 
@@ -34,6 +37,7 @@ pub(super) const NAMESPACES: Configuration = Configuration {
     controller: "max_ioqpairs=2",
     namespaces: &["nsid=2", "nsid=7,logical_block_size=4096,physical_block_size=4096"],
     suffix: ",ns=7",
+    parts: &["identify/", "io/", "queues/"],
     second: false,
 };
 
@@ -42,6 +46,7 @@ pub(super) const BARS: Configuration = Configuration {
     controller: "drive=image0,msix-exclusive-bar=on,cmb_size_mb=16,mdts=0",
     namespaces: &[],
     suffix: "",
+    parts: &["bring-up/", "queues/", "admin/"],
     second: true,
 };
 
@@ -72,7 +77,7 @@ impl Configuration {
     }
 }
 
-/// Runs the suite and a file tree on one of them.
+/// Runs its parts of the suite, and a file tree, on one of them.
 pub(super) fn passes(environment: &Environment, configuration: &Configuration) -> Result<Verdict> {
     if let Some(reason) = missing(environment).or_else(|| suite::absent(environment)) {
         return Ok(Verdict::Skipped(reason));
@@ -81,7 +86,7 @@ pub(super) fn passes(environment: &Environment, configuration: &Configuration) -
     let mut guest = boot(environment, &configuration.options(directory.path())?)?;
     guest.bind(DRIVE)?;
     let device = format!("pci:{DRIVE}{}", configuration.suffix);
-    suite::run(&mut guest, &device, "matrix", "")?;
+    suite::run(&mut guest, &device, "matrix", configuration.parts)?;
     guest.keep_a_tree(&device)?;
     guest.unbind(DRIVE)?;
     guest.quiet_kernel()?;

@@ -28,6 +28,8 @@ pub use write_log::{Entry, WriteLog};
 
 /// The program.
 const QEMU: &str = "qemu-system-x86_64";
+/// How the names of its directories begin; the owner's process identifier follows.
+const DIRECTORY: &str = "pollux-qemu-";
 /// Free bytes that a file system in memory must have to be used.
 const ENOUGH_SHARED_MEMORY: u64 = 2 << 30;
 
@@ -54,9 +56,11 @@ impl Machine {
         if let Some(missing) = missing() {
             anyhow::bail!(missing);
         }
+        let fast = fast_directory();
+        sweep(&fast);
         let directory = tempfile::Builder::new()
-            .prefix("pollux-qemu-")
-            .tempdir_in(fast_directory())
+            .prefix(&format!("{DIRECTORY}{}-", std::process::id()))
+            .tempdir_in(&fast)
             .context("a directory for QEMU")?;
         let path = directory.path();
         for (index, disk) in configuration.disks.iter().enumerate() {
@@ -137,4 +141,42 @@ fn fast_directory() -> PathBuf {
     let room = nix::sys::statvfs::statvfs(memory)
         .is_ok_and(|found| found.blocks_available() * found.fragment_size() >= ENOUGH_SHARED_MEMORY);
     if room { memory.to_owned() } else { std::env::temp_dir() }
+}
+
+/// Removes what processes left that were killed: nobody else would give that memory back.
+fn sweep(place: &Path) {
+    let entries = fs::read_dir(place).into_iter().flatten().filter_map(Result::ok);
+    for entry in entries {
+        let name = entry.file_name();
+        let owner = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(DIRECTORY)?.split('-').next()?.parse::<u32>().ok());
+        if owner.is_some_and(|owner| !Path::new("/proc").join(owner.to_string()).exists()) {
+            // Another process may do the same, or it may be another user's.
+            let _left = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed step of a test is the failure of the test")]
+
+    use super::*;
+
+    #[test]
+    fn what_a_killed_process_left_is_removed_and_what_a_living_one_uses_is_not() {
+        let place = tempfile::tempdir().unwrap();
+        let mut ended = std::process::Command::new("true").spawn().unwrap();
+        ended.wait().unwrap();
+        let left = place.path().join(format!("{DIRECTORY}{}-a", ended.id()));
+        let used = place.path().join(format!("{DIRECTORY}{}-b", std::process::id()));
+        let foreign = place.path().join(format!("{DIRECTORY}notes"));
+        for directory in [&left, &used, &foreign] {
+            fs::create_dir(directory).unwrap();
+            fs::write(directory.join("ram"), "x").unwrap();
+        }
+        sweep(place.path());
+        assert_eq!([left, used, foreign].map(|path| path.exists()), [false, true, true]);
+    }
 }

@@ -4,6 +4,7 @@
 //! Excludes: what runs on every device (`suite::cases`).
 
 mod device;
+mod offers;
 mod power_cut;
 mod removal;
 mod resets;
@@ -14,5 +15,5 @@ use crate::suite::MachineCase;
 
 /// Every case that brings a QEMU of its own.
 pub fn cases() -> Vec<MachineCase> {
-    [trouble::CASES, removal::CASES, resets::CASES, volume::CASES, power_cut::CASES].concat()
+    [trouble::CASES, offers::CASES, removal::CASES, resets::CASES, volume::CASES, power_cut::CASES].concat()
 }

@@ -225,6 +225,10 @@ pub fn matrix() -> Vec<Configuration> {
         new("lba-4096").controller(",logical_block_size=4096,physical_block_size=4096"),
         new("mdts-0").controller(",mdts=0").runs(io),
         new("mdts-1").controller(",mdts=1").runs(io),
+        new("mdts-1 copies")
+            .controller(",mdts=1")
+            .namespaces(&[",mssrl=8,mcl=16,msrc=3"])
+            .runs(Runs::Only("commands/")),
         new("mdts-5").controller(",mdts=5").runs(io),
         new("namespaces-with-gaps").namespaces(&[
             ",nsid=2",
@@ -235,12 +239,14 @@ pub fn matrix() -> Vec<Configuration> {
         new("three-queues").controller(",max_ioqpairs=3").runs(Runs::Only("queues/")),
         new("msix-in-a-bar-of-its-own").controller(",msix-exclusive-bar=on").runs(bring_up),
         new("two-vectors").controller(",msix_qsize=2").runs(Runs::Only("queues/")),
+        new("one-vector").controller(",msix_qsize=1").runs(Runs::Only("admin/")),
         new("controller-memory").controller(",cmb_size_mb=16").runs(io),
         subsystem.runs(bring_up),
         new("errors-elsewhere").layer(Layer::Debug(vec![fails("read", 333_333, 5)])).runs(io),
         new("throttled").layer(Layer::Throttled(2000)).runs(bring_up),
         new("slow").layer(Layer::Null(2_000_000)).runs(Runs::Only("bring-up/shutdown")),
         new("metadata").namespaces(&[",ms=8"]).runs(Runs::Refused("metadata")),
+        new("zoned").namespaces(&[",zoned=true"]).runs(Runs::Refused("zoned command set")),
     ]
 }
 

@@ -201,7 +201,7 @@ fn root_filesystem(environment: &Environment, kernel: &Kernel) -> Result<Vec<u8>
             archive.program(&format!("bin/{name}"), 0o755, &path)?;
         }
     }
-    // The busybox here has no device mapper, and its cp no --reflink.
+    // The busybox here has no device mapper, and its cp copies what could be shared.
     for (name, path) in [("dmsetup", "bin/dmsetup"), ("cp", "bin/gnu-cp")] {
         let source = find(name).with_context(|| format!("{name} is missing"))?;
         archive.program(path, 0o755, &source)?;

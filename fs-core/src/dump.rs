@@ -19,6 +19,7 @@ use crate::format::extent::{BACKREF, EXTENT, PHYSICAL, RETURN, RUN};
 use crate::format::group::VolumeLayout;
 use crate::format::items::{DIR_HASH, DIR_SEQ, INODE, INTENT, SYMLINK, XATTR};
 use crate::format::node::{Expected, ItemKind, Key, KeyBounds};
+use crate::log::read_log;
 use crate::superblock::{self, Superblock, SuperblockError, SuperblockWarning};
 use crate::tree::Walk;
 use crate::types::{BLOCK_SIZE, InodeNr, ShardId};
@@ -110,7 +111,10 @@ pub async fn dump(
     let (superblock, warnings) = superblock::read_newest(&disk).await?;
     let mut dump = Dump { disk, superblock, selection: *selection, out, summary: DumpSummary::default() };
     match selection.part {
-        Part::Superblock => dump.superblock(&warnings)?,
+        Part::Superblock => {
+            dump.superblock(&warnings)?;
+            dump.log().await?;
+        }
         Part::Groups => dump.groups().await?,
         Part::Nodes | Part::Items => dump.trees().await?,
     }
@@ -158,6 +162,14 @@ impl Dump<'_> {
             1_u64 << layout.group_shift()
         )?;
         writeln!(out, "group_digest          {:#018x}", superblock.group_digest)?;
+        match superblock.log {
+            None => writeln!(out, "log                   none")?,
+            Some(area) => writeln!(
+                out,
+                "log                   {} blocks at {} and {}; current {}",
+                area.blocks, area.segments[0], area.segments[1], area.current
+            )?,
+        }
         writeln!(out, "hash_seed             {}", items::hex(&superblock.hash_seed))?;
         for (shard, record) in superblock.shards.iter().enumerate() {
             let ptr = record.tree.ptr;
@@ -174,6 +186,29 @@ impl Dump<'_> {
             )?;
         }
         Ok(())
+    }
+
+    async fn log(&mut self) -> io::Result<()> {
+        let log = read_log(&self.disk, &self.superblock).await;
+        for entry in &log.entries {
+            let sections = entry.sections.iter().map(|section| {
+                let records = crate::format::log::records(&section.records).count();
+                format!(" shard {}: {records} records;", section.shard)
+            });
+            writeln!(
+                self.out,
+                "log entry {}: epoch {}, {} blocks, crc {:#010x};{}",
+                entry.place.sequence,
+                entry.epoch,
+                entry.blocks,
+                entry.crc,
+                sections.collect::<String>()
+            )?;
+        }
+        match &log.damage {
+            Some(damage) => self.damage(format_args!("{damage}")),
+            None => Ok(()),
+        }
     }
 
     async fn groups(&mut self) -> io::Result<()> {

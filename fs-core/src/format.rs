@@ -9,5 +9,6 @@
 pub mod extent;
 pub mod group;
 pub mod items;
+pub mod log;
 pub mod node;
 pub mod superblock;

@@ -14,7 +14,8 @@
 //! Memory: two digests of constant size for extents and back-references, 32 bytes an inode and 24 a name, one bit for
 //! each block of groups in use.
 //!
-//! A volume that was not unmounted is clean: this version has no log, and every superblock describes a whole state.
+//! A volume that was not unmounted is clean: every superblock describes a whole state. It is that state which is
+//! checked; of the intent log, which leads on from it, it is checked that every entry can be read and follows the one before.
 //! What a crash may leave behind (a torn slot that nobody needs) is a note, not a finding.
 //!
 //! Every byte is input: nothing here panics on it, and every loop is bounded by what lies on the device.
@@ -37,6 +38,7 @@ use crate::disk::{UnsupportedDevice, VolumeDisk};
 use crate::format::extent::{self, BACKREF, Backref, EXTENT, Extent, ExtentKind, RUN, Run};
 use crate::format::items::{DIR_HASH, DIR_SEQ, HashEntry, SequenceEntry};
 use crate::format::node::{Expected, Key, NodeImage};
+use crate::log::read_log;
 use crate::superblock::{self, Superblock, SuperblockError};
 use crate::tree::{NODE_BLOCKS, Walk};
 use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, InodeNr, ShardId};
@@ -189,6 +191,7 @@ pub async fn check_with(
         data,
         complete: true,
     };
+    notes.extend(checker.check_log().await);
     for shard in (0..shards).filter_map(ShardId::new) {
         checker.scan_shard(shard, progress).await;
     }
@@ -226,6 +229,24 @@ struct Checker<'a> {
 }
 
 impl Checker<'_> {
+    /// Marks the log's blocks and reads its entries. Returns what the next mount is going to replay.
+    async fn check_log(&mut self) -> Option<String> {
+        let area = self.superblock.log?;
+        for start in area.segments {
+            self.space.mark(start, BlockCount::new(u64::from(area.blocks)), User::Log, &mut self.findings);
+        }
+        let log = read_log(self.disk, self.superblock).await;
+        if let Some(what) = log.damage.clone() {
+            self.findings.add(Finding::Log { what });
+        }
+        let last = log.last_epoch()?;
+        Some(format!(
+            "the next mount replays {} entries of the intent log, to epoch {last}; what was checked is epoch {}",
+            log.entries.len(),
+            self.superblock.epoch
+        ))
+    }
+
     async fn scan_shard(&mut self, shard: ShardId, progress: &mut dyn FnMut(Progress)) {
         let Some(record) = self.superblock.shard(shard) else { return };
         let mut walk = Walk::new(self.superblock.tree_identity(shard), record.tree);

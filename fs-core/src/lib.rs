@@ -37,6 +37,7 @@ pub mod types;
 mod batch;
 mod data;
 mod locks;
+mod log;
 mod namespace;
 mod planted;
 mod shard;

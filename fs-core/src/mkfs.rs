@@ -218,6 +218,7 @@ fn blank_superblock(ctx: &Context, layout: VolumeLayout, options: &FormatOptions
         layout,
         hash_seed: random(),
         group_digest: 0,
+        log: None,
         shards: vec![ShardRecord::BLANK; usize::from(options.shards)],
     }
 }

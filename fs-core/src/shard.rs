@@ -8,6 +8,7 @@
 //! | [`transact`] | plans and commits, space |
 //! | [`epoch`] | when transactions are applied, the freeze |
 //! | [`checkpoint`] | writing a frozen epoch |
+//! | [`log`] | the records of an epoch, their replay |
 //! | [`message`] | requests, calls between shards |
 //! | [`scrub`] | verifying what lies on the device |
 //! | `crate::data` | file contents |
@@ -40,11 +41,13 @@ use crate::types::{BlockCount, BlockNr, Epoch, InodeNr, ShardId};
 use crate::volume::{ShardReport, VolumeShared};
 
 use self::epoch::EpochGate;
+use self::log::ShardLog;
 use self::message::{PeerCall, PeerMessage, PeerReply, RequestMessage};
 use self::signal::Signal;
 
 pub(crate) mod checkpoint;
 pub(crate) mod epoch;
+pub(crate) mod log;
 pub(crate) mod message;
 mod scrub;
 pub(crate) mod signal;
@@ -85,6 +88,7 @@ pub(crate) struct Shard {
     pub(crate) tree: RefCell<Tree>,
     pub(crate) alloc: RefCell<Allocator>,
     pub(crate) epochs: EpochGate,
+    pub(crate) log: ShardLog,
     pub(crate) data: Rc<DataState>,
     pub(crate) names: NamespaceState,
     pub(crate) next_inode: Cell<u64>,
@@ -127,6 +131,7 @@ impl Shard {
             tree: RefCell::new(Tree::open(parts.identity, parts.root)),
             alloc: RefCell::new(parts.alloc),
             epochs: EpochGate::new(parts.epoch),
+            log: ShardLog::default(),
             data,
             names: NamespaceState::default(),
             next_inode: Cell::new(parts.next_inode),
@@ -196,6 +201,12 @@ impl Shard {
     async fn answer(self: &Rc<Self>, call: PeerCall) -> Result<PeerReply, FsError> {
         match call {
             PeerCall::Checkpoint(epoch) => Ok(PeerReply::Frozen(self.checkpoint(epoch).await?)),
+            PeerCall::CutLog(epoch) => Ok(PeerReply::Cut(self.take_cut(epoch).await)),
+            PeerCall::MakeLog(blocks) => Ok(PeerReply::Log(self.make_log(blocks).await)),
+            PeerCall::Replay(sections) => {
+                self.replay(sections).await?;
+                Ok(PeerReply::Done)
+            }
             PeerCall::Durable(epoch) => {
                 self.epoch_is_durable(epoch).await;
                 Ok(PeerReply::Done)

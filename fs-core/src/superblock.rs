@@ -27,7 +27,7 @@ use crate::disk::VolumeDisk;
 use crate::error::FsError;
 use crate::format::group::{RESERVED_BLOCKS, is_bitmap_slot};
 use crate::format::superblock::{DecodeError, FORMAT_VERSION, RING_SLOTS, RING_STARTS};
-pub use crate::format::superblock::{ShardRecord, Superblock};
+pub use crate::format::superblock::{LogArea, ShardRecord, Superblock};
 use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, Generation};
 
 /// Why no superblock can be used. Nothing was changed.

@@ -10,7 +10,7 @@
 //! Memory ordering: `open_epoch` is raised with release and read with acquire, so that a shard that sees a new epoch
 //! also sees what was acknowledged before it was opened; the other atomics are figures and use relaxed order.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -52,11 +52,15 @@ pub(crate) struct VolumeShared {
     shards: Vec<ShardShared>,
     open_epoch: AtomicU64,
     durable_epoch: AtomicU64,
+    closing_for_log: AtomicBool,
+    log_limit: AtomicUsize,
+    data_written: AtomicBool,
     stopping: AtomicBool,
     failure: OnceLock<String>,
     damage: AtomicU64,
     checkpoints: AtomicU64,
     checkpoint_nanos: AtomicU64,
+    log_writes: AtomicU64,
     coordinator: Sender<CoordinatorMessage>,
     warnings: Mutex<Vec<String>>,
     /// Key of the directory hash.
@@ -99,6 +103,37 @@ impl VolumeShared {
     /// The last epoch that a power cut cannot take back.
     pub(crate) fn durable_epoch(&self) -> Epoch {
         Epoch::new(self.durable_epoch.load(Ordering::Acquire)) // pairs with set_durable
+    }
+
+    /// Notes what the epoch that is closed next is closed for.
+    fn set_closing(&self, closing: Closing) {
+        self.closing_for_log.store(closing == Closing::Log, Ordering::Release); // published by close_epoch
+    }
+
+    /// What the epoch before the open one was closed for. Only for a shard that has yet to end it.
+    pub(crate) fn closing(&self) -> Closing {
+        // Acquire pairs with set_closing; the coordinator changes it only after every shard has ended the epoch.
+        if self.closing_for_log.load(Ordering::Acquire) { Closing::Log } else { Closing::Checkpoint }
+    }
+
+    /// Bytes of records that an epoch may have on a shard; 0 without a log.
+    pub(crate) fn log_limit(&self) -> usize {
+        self.log_limit.load(Ordering::Relaxed)
+    }
+
+    fn set_log_limit(&self, bytes: usize) {
+        self.log_limit.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Notes that data was written to the device: it is in its cache, perhaps not on its medium. To be called after
+    /// the write, before its extent is put into the tree.
+    pub(crate) fn note_data_written(&self) {
+        self.data_written.store(true, Ordering::Release); // pairs with take_data_written
+    }
+
+    /// Whether data was written since the last call.
+    fn take_data_written(&self) -> bool {
+        self.data_written.swap(false, Ordering::AcqRel) // pairs with note_data_written
     }
 
     fn set_durable(&self, epoch: Epoch) {
@@ -148,6 +183,10 @@ impl VolumeShared {
         self.warnings.lock().unwrap_or_else(PoisonError::into_inner).push(warning);
     }
 
+    fn note_log_write(&self) {
+        self.log_writes.fetch_add(1, Ordering::Relaxed);
+    }
+
     fn note_checkpoint(&self, took: Duration) {
         self.checkpoints.fetch_add(1, Ordering::Relaxed);
         let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
@@ -159,13 +198,26 @@ impl VolumeShared {
         self.stopping.load(Ordering::Acquire) // pairs with unmount
     }
 
-    /// Makes everything committed before durable. Data that is not on the device yet is not part of it.
-    pub(crate) async fn checkpoint_now(&self) -> Result<(), FsError> {
+    /// Makes everything committed before durable, by way of the log if it can. Data that is not on the device yet is not
+    /// part of it.
+    pub(crate) async fn commit_now(&self) -> Result<(), FsError> {
         if self.last_commit() <= self.durable_epoch() {
             return self.check_writable();
         }
+        self.ask_coordinator(CoordinatorMessage::Commit).await
+    }
+
+    /// As [`commit_now`](Self::commit_now), and the log is empty after that, and what was freed nearer to being free.
+    pub(crate) async fn checkpoint_now(&self) -> Result<(), FsError> {
+        self.ask_coordinator(CoordinatorMessage::Checkpoint).await
+    }
+
+    async fn ask_coordinator(
+        &self,
+        message: fn(reactor::OneshotSender<Result<(), FsError>>) -> CoordinatorMessage,
+    ) -> Result<(), FsError> {
         let (reply, done) = oneshot();
-        let message = CoordinatorMessage::Checkpoint(reply);
+        let message = message(reply);
         self.coordinator.send(message).await.map_err(|_| FsError::ShuttingDown)?;
         done.await.map_err(|_| FsError::ShuttingDown)?
     }
@@ -174,7 +226,7 @@ impl VolumeShared {
     pub(crate) async fn sync_volume(&self) -> Result<(), FsError> {
         let flushed = call_all(self, |_| PeerCall::FlushData).await.map(|_| ());
         // Even if some data could not be written, the rest is made durable.
-        self.checkpoint_now().await?;
+        self.commit_now().await?;
         flushed
     }
 
@@ -188,6 +240,15 @@ impl VolumeShared {
         }
         report
     }
+}
+
+/// What an epoch is closed for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Closing {
+    /// A new superblock.
+    Checkpoint,
+    /// An entry of the intent log.
+    Log,
 }
 
 /// What became of a write on its short way.
@@ -293,6 +354,8 @@ impl Volume {
         }
         let deleted = call_all(&self.shared, |_| PeerCall::FinishDeletions).await.map(|_| ());
         let synced = deleted.and(self.shared.sync_volume().await);
+        // The next mount has nothing to do again.
+        let synced = synced.and(self.shared.checkpoint_now().await);
         for shard in &self.shared.shards {
             // An error means that the shard has already ended.
             let _ended = shard.requests.send(RequestMessage::Stop).await;
@@ -439,6 +502,8 @@ pub struct VolumeReport {
     pub checkpoints: u64,
     /// Their mean duration in nanoseconds.
     pub checkpoint_mean_ns: u64,
+    /// Entries written to the intent log since mount.
+    pub log_writes: u64,
     /// Damaged blocks met since mount.
     pub damage: u64,
     /// Why the volume is read-only, if it is.
@@ -464,6 +529,7 @@ impl VolumeShared {
             durable_epoch: self.durable_epoch().get(),
             checkpoints,
             checkpoint_mean_ns: self.checkpoint_nanos.load(Ordering::Relaxed) / checkpoints.max(1),
+            log_writes: self.log_writes.load(Ordering::Relaxed),
             damage: self.damage.load(Ordering::Relaxed),
             read_only: self.failure.get().cloned(),
             warnings: self.warnings.lock().unwrap_or_else(PoisonError::into_inner).clone(),

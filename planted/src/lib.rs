@@ -111,6 +111,10 @@ bugs! {
     DrainSkipped = "drain-skipped" in Filesystem;
     /// A file replaces another before its contents are written.
     RenameWithoutFlush = "rename-without-flush" in Filesystem;
+    /// The intent log names data before it was flushed.
+    LogBeforeFlush = "log-before-flush" in Filesystem;
+    /// Entries of the intent log count whatever mount and superblock they follow.
+    StaleLogAccepted = "stale-log-accepted" in Filesystem;
     /// `fsync` does not wait for the checkpoint.
     SyncWithoutCheckpoint = "sync-without-checkpoint" in Filesystem;
     /// An unlinked file is forgotten by a crash.

@@ -206,6 +206,26 @@ impl Allocator {
         self.counter.released(count.get(), clusters);
     }
 
+    /// Takes these very blocks, which a log says were allocated; nothing may be reserved yet. `false` if they are not
+    /// all free, or not in one group of this shard. See [`commit_data`](Self::commit_data).
+    pub fn claim(&mut self, start: BlockNr, count: BlockCount) -> bool {
+        let Some(number) = self.layout.group_of(start) else { return false };
+        let Some(group) = self.groups.get_mut(&number) else { return false };
+        let bit = (start.get() - group.start.get()) as usize;
+        let room = self.layout.bitmap_bits() - bit;
+        let Some(len) = usize::try_from(count.get()).ok().filter(|len| *len <= room) else { return false };
+        let run = BitRun { start: bit, len };
+        if !group.is_free(run) {
+            return false;
+        }
+        let clusters = group.free_clusters;
+        group.allocate(run);
+        let broken = (clusters - group.free_clusters) as u64;
+        self.counter.claimed(count.get(), broken);
+        self.index(number);
+        true
+    }
+
     /// Where blocks that were allocated lie.
     fn taken(&self, start: BlockNr, count: BlockCount) -> (u64, BitRun) {
         let number = self.layout.group_of(start).expect("what was allocated is in the volume");

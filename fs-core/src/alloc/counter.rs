@@ -159,6 +159,13 @@ impl SpaceCounter {
         assert!(before >= blocks, "what is allocated was free");
     }
 
+    /// Free blocks have been taken without a promise, and clusters broken by that; no promises are out.
+    pub(super) fn claimed(&self, blocks: u64, clusters: u64) {
+        self.allocated(blocks);
+        assert!(lower(&self.blocks, blocks, 0), "what is claimed was free and not promised");
+        assert!(lower(&self.clusters, clusters, 0), "what is claimed was free and not promised");
+    }
+
     /// Sets the gauge of pinned blocks.
     pub(super) fn set_pinned(&self, blocks: u64) {
         self.pinned.store(blocks, Ordering::Relaxed);

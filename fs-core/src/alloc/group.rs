@@ -132,6 +132,11 @@ impl Group {
         BlockNr::new(self.start.get() + bit as u64)
     }
 
+    /// Whether all of these blocks can be had.
+    pub(super) fn is_free(&self, run: BitRun) -> bool {
+        self.busy.all_clear(run)
+    }
+
     /// Takes blocks that a search has found. Nobody else gets them, but no image says that they are used.
     pub(super) fn allocate(&mut self, run: BitRun) {
         assert!(self.busy.all_clear(run), "only free blocks are allocated");

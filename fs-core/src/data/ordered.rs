@@ -242,6 +242,7 @@ impl Shard {
         let lba = self.lba_of(extent.start);
         let (written, buffer) = self.ctx.disk().write(lba, buffer, Durability::Cached).await;
         drop(buffer);
+        self.volume.note_data_written();
         let inserted = match written {
             Ok(()) => self.insert(&inode, &extent).await,
             Err(error) => Err((extent.pages.start, FsError::from(error))),

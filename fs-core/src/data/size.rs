@@ -193,6 +193,7 @@ impl Shard {
         let (start, _one) = self.alloc.borrow_mut().allocate_data(BlockCount::new(1), &mut space);
         let generation = Generation::new(self.epochs.current().get());
         let (written, _buffer) = self.ctx.disk().write(self.lba_of(start), buffer, Durability::Cached).await;
+        self.volume.note_data_written();
         if let Err(error) = written {
             self.give_back_blocks(start, 1);
             return Err(error.into());

@@ -264,7 +264,7 @@ impl Shard {
         if is_planted(Bug::SyncWithoutCheckpoint) {
             return Ok(());
         }
-        self.volume.checkpoint_now().await
+        self.volume.commit_now().await
     }
 
     /// A handle was closed.

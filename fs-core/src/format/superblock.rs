@@ -22,6 +22,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::format::group::{CLUSTER_BLOCKS, LayoutError, SlotIdentity, VolumeLayout};
+use crate::format::log::MAX_SEGMENT_BLOCKS;
 use crate::format::node::{BlockPtr, MAX_LEVEL, TreeIdentity};
 use crate::tree::TreeRoot;
 use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, Epoch, Generation, MAX_SHARDS, ShardId};
@@ -45,7 +46,7 @@ const MAGIC: [u8; 8] = *b"POLLUXFS";
 pub struct ShardRecord {
     /// The tree's root.
     pub tree: TreeRoot,
-    /// First block of the intent log; 0 without one. Always 0 in this version.
+    /// Always 0 in this version: the volume has one log, see [`LogArea`].
     pub log_head: BlockNr,
     /// Sequence number of the shard's next new inode: never given twice.
     pub next_inode: u64,
@@ -61,6 +62,44 @@ impl ShardRecord {
         next_inode: 0,
         inodes: 0,
     };
+}
+
+/// Where the intent log lies: two segments in groups of the first shard, used in turn. With each generation the log
+/// begins anew in the segment that the one before did not use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogArea {
+    /// First blocks of the segments.
+    pub segments: [BlockNr; 2],
+    /// Blocks of each.
+    pub blocks: u32,
+    /// The segment that continues this superblock's state: 0 or 1.
+    pub current: u8,
+}
+
+impl LogArea {
+    /// First block of the log that continues the superblock's state.
+    pub fn head(&self) -> BlockNr {
+        self.segments[usize::from(self.current & 1)]
+    }
+
+    /// The area as the next superblock has it.
+    pub fn switched(self) -> Self {
+        Self { current: 1 - (self.current & 1), ..self }
+    }
+
+    fn check(self, layout: &VolumeLayout) -> Option<Self> {
+        let inside = |start: BlockNr| {
+            let last = start.checked_add(BlockCount::new(u64::from(self.blocks) - 1))?;
+            let group = layout.group_of(start)?;
+            (layout.group_of(last)? == group).then_some(start)
+        };
+        if self.blocks == 0 || self.blocks > MAX_SEGMENT_BLOCKS || self.current > 1 {
+            return None;
+        }
+        let [first, second] = self.segments;
+        let distance = inside(first)?.get().abs_diff(inside(second)?.get());
+        (distance >= u64::from(self.blocks)).then_some(self)
+    }
 }
 
 /// A checked superblock.
@@ -86,6 +125,8 @@ pub struct Superblock {
     pub hash_seed: [u8; 16],
     /// Sum of the contributions of every group's current bitmap slot (`format::group::contribution`).
     pub group_digest: u64,
+    /// The intent log; `None` before the first checkpoint has made it.
+    pub log: Option<LogArea>,
     /// One for each shard: 1 to [`MAX_SHARDS`].
     pub shards: Vec<ShardRecord>,
 }
@@ -173,7 +214,10 @@ struct RawSuperblock {
     reserved_counts: [u8; 6],
     hash_seed: [u8; 16],
     group_digest: U64,
-    reserved: [u8; 328],
+    log_segments: [U64; 2],
+    log_blocks: U32,
+    log_current: u8,
+    reserved: [u8; 307],
     records: [RawShard; MAX_SHARDS as usize],
     reserved_end: [u8; 512],
 }
@@ -184,6 +228,7 @@ const _: () = {
     assert!(std::mem::offset_of!(RawSuperblock, crc) == 8);
     assert!(std::mem::offset_of!(RawSuperblock, version) == 12);
     assert!(std::mem::offset_of!(RawSuperblock, generation) == 16);
+    assert!(std::mem::offset_of!(RawSuperblock, log_segments) == 184);
     assert!(std::mem::offset_of!(RawSuperblock, records) == 512);
 };
 
@@ -234,6 +279,8 @@ impl Superblock {
         for (raw, shard) in records.iter_mut().zip(&self.shards) {
             *raw = RawShard::from(shard);
         }
+        let none = LogArea { segments: [BlockNr::new(0); 2], blocks: 0, current: 0 };
+        let log = self.log.unwrap_or(none);
         let mut raw = RawSuperblock {
             magic: MAGIC,
             crc: U32::ZERO,
@@ -252,7 +299,10 @@ impl Superblock {
             reserved_counts: [0; 6],
             hash_seed: self.hash_seed,
             group_digest: U64::new(self.group_digest),
-            reserved: [0; 328],
+            log_segments: log.segments.map(|start| U64::new(start.get())),
+            log_blocks: U32::new(log.blocks),
+            log_current: log.current,
+            reserved: [0; 307],
             records,
             reserved_end: [0; 512],
         };
@@ -310,6 +360,7 @@ impl RawSuperblock {
         for raw in &self.records[..usize::from(self.shards)] {
             shards.push(raw.check(&layout, epoch).ok_or_else(|| nonsense("impossible root of a tree"))?);
         }
+        let log = self.check_log(&layout).ok_or_else(|| nonsense("impossible place of the log"))?;
         Ok(Superblock {
             compatible: self.compatible.get(),
             read_only_compatible: self.read_only_compatible.get(),
@@ -321,8 +372,24 @@ impl RawSuperblock {
             layout,
             hash_seed: self.hash_seed,
             group_digest: self.group_digest.get(),
+            log,
             shards,
         })
+    }
+}
+
+impl RawSuperblock {
+    /// The log, if there is one; `None` if what is said of it cannot be.
+    fn check_log(&self, layout: &VolumeLayout) -> Option<Option<LogArea>> {
+        let area = LogArea {
+            segments: self.log_segments.map(|start| BlockNr::new(start.get())),
+            blocks: self.log_blocks.get(),
+            current: self.log_current,
+        };
+        if area.segments == [BlockNr::new(0); 2] && area.blocks == 0 && area.current == 0 {
+            return Some(None);
+        }
+        area.check(layout).map(Some)
     }
 }
 
@@ -397,6 +464,7 @@ pub(crate) mod tests {
             layout,
             hash_seed: [3; 16],
             group_digest: 0x55aa,
+            log: None,
             shards: vec![record(64, 0xaaaa), record(520, 0xbbbb)],
         }
     }
@@ -430,6 +498,33 @@ pub(crate) mod tests {
 
     /// Changes only together with [`FORMAT_VERSION`].
     const GOLDEN_CRC: u32 = 115_519_100;
+
+    #[test]
+    fn log_has_its_place_and_impossible_ones_are_refused() {
+        let area = |first, second, blocks, current| LogArea {
+            segments: [BlockNr::new(first), BlockNr::new(second)],
+            blocks,
+            current,
+        };
+        let with = |log| Superblock { log: Some(log), ..example() };
+        let good = with(area(600, 700, 16, 1));
+        assert_eq!(Superblock::decode(&*good.encode()), Ok(good.clone()));
+        assert_eq!(&good.encode()[184..192], 600_u64.to_le_bytes());
+        assert_eq!(good.log.unwrap().head(), BlockNr::new(700));
+        assert_eq!(good.log.unwrap().switched().head(), BlockNr::new(600));
+        for bad in [
+            area(600, 700, 0, 0),
+            area(600, 1200, 257, 0),
+            area(600, 700, 16, 2),
+            area(600, 615, 16, 0),
+            area(600, u64::MAX, 16, 0),
+            area(16_380, 700, 16, 0),
+            area(1020, 700, 16, 0),
+        ] {
+            let decoded = Superblock::decode(&*with(bad).encode());
+            assert!(matches!(decoded, Err(DecodeError::Nonsense { .. })), "{bad:?}: {decoded:?}");
+        }
+    }
 
     #[test]
     fn newer_version_is_told_from_damage() {

@@ -22,12 +22,15 @@ pub enum User {
     Node(ShardId),
     /// A run of a shard.
     Run(ShardId),
+    /// The intent log.
+    Log,
 }
 
 impl User {
     pub(super) fn shard(self) -> ShardId {
         match self {
             Self::Node(shard) | Self::Run(shard) => shard,
+            Self::Log => ShardId::FIRST,
         }
     }
 }
@@ -37,6 +40,7 @@ impl std::fmt::Display for User {
         match self {
             Self::Node(shard) => write!(f, "a tree node of shard {shard}"),
             Self::Run(shard) => write!(f, "a run of shard {shard}"),
+            Self::Log => write!(f, "the intent log"),
         }
     }
 }
@@ -70,6 +74,8 @@ findings! {
     /// The bitmaps are not those that the superblock was written with.
     BitmapDigest { expected: u64, found: u64 } =>
         "the bitmaps are not those of the superblock: digest {found:#018x}, expected {expected:#018x}",
+    /// The intent log cannot be replayed to its end.
+    Log { what: String } => "{what}",
     /// Blocks with two users.
     UsedTwice { start: BlockNr, count: BlockCount, user: User } =>
         "block {start} + {count}, used by {user}, has another user",

@@ -12,6 +12,7 @@ use std::pin::Pin;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use reactor::block::Durability;
 
+use crate::alloc::Priority;
 use crate::error::FsError;
 use crate::tree::TreeRoot;
 use crate::types::{BlockCount, BlockNr, Epoch};
@@ -68,6 +69,28 @@ impl Shard {
         }
         self.last_root.set(tree);
         Ok(ShardRoot { tree, next_inode: frozen.next_inode, inodes: frozen.inodes, digest_delta })
+    }
+
+    /// Takes two segments of `blocks` blocks for the intent log. The next checkpoint makes that durable.
+    pub(crate) async fn make_log(&self, blocks: u32) -> Option<[BlockNr; 2]> {
+        let wanted = BlockCount::new(u64::from(blocks));
+        let mut space = self.counter.reserve(2 * wanted.get(), 0, Priority::Normal)?;
+        // No epoch may end between taking the blocks and noting that they are in use.
+        let mut alloc = self.alloc.borrow_mut();
+        let mut segments = Vec::new();
+        for _ in 0..2 {
+            let (start, count) = alloc.allocate_data(wanted, &mut space);
+            if count == wanted {
+                segments.push(start);
+                continue;
+            }
+            // Free space is in pieces.
+            alloc.abandon_data(start, count);
+            segments.into_iter().for_each(|start| alloc.abandon_data(start, wanted));
+            return None;
+        }
+        segments.iter().for_each(|start| alloc.commit_data(*start, wanted));
+        segments.try_into().ok()
     }
 
     /// Notes that `epoch` is durable: what was freed before it may be used again.

@@ -1,14 +1,15 @@
 //! A shard's view of the volume's epochs: when it may apply a transaction, and when it freezes.
 //!
-//! Owns: [`EpochGate`] and the freeze. The volume's open epoch is one atomic ([`VolumeShared::open_epoch`]); the
+//! Owns: [`EpochGate`] and the end of an epoch: for a checkpoint the shard freezes, for the intent log only the records
+//! of what it changed are cut off. The volume's open epoch is one atomic ([`VolumeShared::open_epoch`]); the
 //! coordinator closes it by raising it. A shard follows, at the latest when it is asked to checkpoint, at the
 //! earliest when a transaction finds that it would belong to the new epoch.
 //!
 //! | state | meets | does |
 //! |---|---|---|
 //! | current = open | transaction | applies it in the current epoch |
-//! | current < open, nothing joined | transaction or checkpoint | freezes the current epoch, then as above |
-//! | current < open, cross-shard transactions joined | transaction or checkpoint | waits for them |
+//! | current < open, nothing joined | transaction, checkpoint or commit | ends the current epoch, then as above |
+//! | current < open, cross-shard transactions joined | transaction, checkpoint or commit | waits for them |
 //!
 //! Invariants:
 //! - nothing of epoch N+1 is applied before all of N is: a transaction that begins after another was acknowledged is
@@ -19,10 +20,13 @@
 use std::cell::{Cell, RefCell};
 
 use crate::alloc::FrozenGroups;
+use crate::format::log::Section;
 use crate::tree::FrozenTree;
 use crate::types::Epoch;
+use crate::volume::Closing;
 
 use super::Shard;
+use super::log::LogCut;
 use super::signal::Signal;
 
 /// A shard's state as of the end of an epoch.
@@ -45,6 +49,7 @@ pub(crate) struct EpochGate {
     joined: Cell<u32>,
     changed: Cell<bool>,
     frozen: RefCell<Option<Frozen>>,
+    cut: RefCell<Option<(Epoch, LogCut)>>,
     moved: Signal,
 }
 
@@ -56,6 +61,7 @@ impl EpochGate {
             joined: Cell::new(0),
             changed: Cell::new(false),
             frozen: RefCell::new(None),
+            cut: RefCell::new(None),
             moved: Signal::default(),
         }
     }
@@ -91,7 +97,7 @@ impl Shard {
             if self.epochs.joined.get() > 0 {
                 return None;
             }
-            self.freeze();
+            self.end_epoch();
         }
         Some(self.epochs.current())
     }
@@ -144,8 +150,38 @@ impl Shard {
         }
     }
 
-    fn freeze(&self) {
+    /// Waits for the end of `epoch` on this shard and takes what it changed.
+    pub(crate) async fn take_cut(&self, epoch: Epoch) -> LogCut {
+        loop {
+            if self.epochs.current() > epoch || self.try_enter_epoch().is_some() {
+                let cut = self.epochs.cut.borrow_mut().take();
+                let (of, cut) = cut.expect("the coordinator closes an epoch once, and asks for it once");
+                assert_eq!(of, epoch, "epochs are logged one at a time");
+                return cut;
+            }
+            self.epochs.moved.wait().await;
+        }
+    }
+
+    /// Goes on to the next epoch, in one step.
+    fn end_epoch(&self) {
         let epoch = self.epochs.current();
+        let records = self.log.cut();
+        match self.volume.closing() {
+            Closing::Checkpoint => self.freeze(epoch),
+            Closing::Log => {
+                let (next_inode, inodes) = (self.next_inode.get(), self.inode_count.get());
+                let section = records.map(|records| Section { shard: self.id, next_inode, inodes, records });
+                let previous = self.epochs.cut.borrow_mut().replace((epoch, LogCut { section }));
+                assert!(previous.is_none(), "an epoch closes only after the one before was taken");
+            }
+        }
+        let next = epoch.next().expect("2⁶⁴ epochs do not pass");
+        self.epochs.current.set(next);
+        self.epochs.moved.notify();
+    }
+
+    fn freeze(&self, epoch: Epoch) {
         let groups = self.alloc.borrow_mut().freeze(epoch);
         let changed = self.epochs.changed.replace(false);
         let frozen = Frozen {
@@ -157,8 +193,5 @@ impl Shard {
         };
         let previous = self.epochs.frozen.borrow_mut().replace(frozen);
         assert!(previous.is_none(), "an epoch closes only after the one before it is durable");
-        let next = epoch.next().expect("2⁶⁴ epochs do not pass");
-        self.epochs.current.set(next);
-        self.epochs.moved.notify();
     }
 }

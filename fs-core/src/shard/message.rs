@@ -10,13 +10,15 @@ use reactor::{OneshotSender, oneshot};
 use crate::alloc::GroupTransfer;
 use crate::data::{LendingCall, LendingReply};
 use crate::error::FsError;
+use crate::format::log::Section;
 use crate::namespace::{NamespaceCall, NamespaceReply};
 use crate::request::{Reply, Request};
-use crate::types::{Epoch, FileOffset, InodeNr, ShardId};
+use crate::types::{BlockNr, Epoch, FileOffset, InodeNr, ShardId};
 use crate::volume::ShardReport;
 
 use super::Shard;
 use super::checkpoint::ShardRoot;
+use super::log::LogCut;
 
 /// Takes a request's result, on the shard's reactor.
 pub(crate) type ReplyTo = Box<dyn FnOnce(Result<Reply, FsError>) + Send>;
@@ -34,7 +36,13 @@ pub(crate) enum RequestMessage {
 pub(crate) enum PeerCall {
     /// Freeze this epoch, once its transactions are applied, and write what it changed. → [`PeerReply::Frozen`]
     Checkpoint(Epoch),
-    /// This epoch is durable. → [`PeerReply::Done`]
+    /// End this epoch, once its transactions are applied, and tell what it changed. → [`PeerReply::Cut`]
+    CutLog(Epoch),
+    /// Take two segments of so many blocks for the intent log. → [`PeerReply::Log`]
+    MakeLog(u32),
+    /// Do again what the log says. → [`PeerReply::Done`]
+    Replay(Vec<Section>),
+    /// The superblock of this epoch is durable. → [`PeerReply::Done`]
     Durable(Epoch),
     /// Read a file's bytes: inode, first byte, length. → [`PeerReply::Data`]
     Read(InodeNr, FileOffset, u32),
@@ -65,6 +73,10 @@ pub(crate) enum PeerReply {
     Data(Vec<u8>),
     /// The shard's root as of the epoch.
     Frozen(ShardRoot),
+    /// What the epoch changed.
+    Cut(LogCut),
+    /// First blocks of the segments, if there was room.
+    Log(Option<[BlockNr; 2]>),
     /// A group, if one could be spared.
     Transfer(Option<GroupTransfer>),
     /// Figures.

@@ -221,6 +221,7 @@ impl Shard {
             return;
         }
         let mut space = TransactionSpace { shard: self, reservation };
+        self.log.note(&changes, self.volume.log_limit());
         let items = changes.items.iter().map(|(key, value)| (key, value.as_deref()));
         let applied = self.tree.borrow_mut().apply(items, epoch, &mut space);
         applied.expect("every key was touched just before");
@@ -308,6 +309,7 @@ impl Shard {
     async fn adopt_group(&self) -> Result<bool, FsError> {
         for peer in self.volume.peers_by_space(self.id) {
             if let PeerReply::Transfer(Some(group)) = self.call(peer, PeerCall::SurrenderGroup).await? {
+                self.log.note_untold();
                 self.alloc.borrow_mut().adopt(group);
                 return Ok(true);
             }

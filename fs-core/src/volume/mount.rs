@@ -4,19 +4,22 @@
 //!
 //! 1. Find the newest superblock and load every group's bitmap as of its epoch; nothing is written before both are
 //!    known to be good.
-//! 2. Write the next superblock generation, of the same epoch, with a new incarnation. From now on this generation
-//!    and the one before name the same state.
-//! 3. Start each shard on its reactor, then the coordinator.
-//! 4. Finish the truncations that a crash has interrupted, and begin to delete what it left without a name.
+//! 2. If the intent log is empty, write the next superblock generation, of the same epoch, with a new incarnation. From
+//!    now on this generation and the one before name the same state.
+//! 3. Start each shard on its reactor. If the log is not empty, each replays its part in memory; a checkpoint with a new
+//!    incarnation makes that the volume's state. If the log is damaged, what comes before the damage is
+//!    replayed, and the volume is read-only.
+//! 4. Start the coordinator. Finish the truncations that a crash has interrupted, and begin to delete what it left without a name.
 //!
-//! Mounting takes time in proportion to the number of groups, not of files or extents.
+//! Mounting takes time in proportion to the number of groups and the length of the log, not to files or extents.
 //!
 //! # Legal crash outcomes
-//! Before step 2 nothing has changed. After it the state is the same, found under a new generation.
+//! Before step 2 nothing has changed. After it the state is the same, found under a new generation. Before the
+//! checkpoint of step 3 is durable, the old superblock and its log are what is found; it writes to neither.
 
 use std::future::Future;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -27,14 +30,15 @@ use crate::data::DelallocShared;
 use crate::disk::{UnsupportedDevice, VolumeDisk};
 use crate::error::FsError;
 use crate::format::superblock::Superblock;
+use crate::log::read_log;
 use crate::shard::message::{PeerCall, PeerMessage, RequestMessage};
 use crate::shard::{PEER_SLOTS, REQUEST_SLOTS, Shard, ShardParts};
-use crate::superblock::{self, SuperblockError};
+use crate::superblock::{self, LogArea, SuperblockError};
 use crate::tree::TreeIdentity;
-use crate::types::{BLOCK_SIZE, ShardId};
+use crate::types::{BLOCK_SIZE, Epoch, ShardId};
 
 use super::coordinator::{
-    CHECKPOINT_SLOTS, Coordinator, CoordinatorMessage, call_all, first_epoch, keep_commit_interval,
+    CHECKPOINT_SLOTS, Coordinator, CoordinatorMessage, call_all, epoch_after, keep_commit_interval,
 };
 use super::{ShardShared, Volume, VolumeShared};
 
@@ -132,22 +136,33 @@ impl Volume {
         let groups = read_groups(&disk, &found).await;
         let groups = groups.map_err(|error| MountError::Groups { device: device.clone(), error })?;
         warnings.extend(groups.warnings.iter().map(ToString::to_string));
+        let log = read_log(&disk, &found).await;
+        let in_use = !log.entries.is_empty() || log.damage.is_some();
+        warnings.extend(log.damage.clone());
         let mut superblock = found;
-        superblock.generation = superblock.generation.next().expect("2⁶⁴ superblocks are not written");
         superblock.incarnation = ctx.random();
-        warnings.extend(superblock::write(&disk, &superblock).await?.map(|warning| warning.to_string()));
+        if !in_use {
+            superblock.generation = superblock.generation.next().expect("2⁶⁴ superblocks are not written");
+            superblock.log = superblock.log.map(LogArea::switched);
+            warnings.extend(superblock::write(&disk, &superblock).await?.map(|warning| warning.to_string()));
+        }
         for warning in &warnings {
             tracing::warn!(device, warning);
         }
         let Shared { volume: shared, mailboxes, checkpoints } =
-            share(&superblock, handles, &options, warnings)?;
+            share(&superblock, log.last_epoch(), handles, &options, warnings)?;
         start_shards(&shared, &superblock, mailboxes, groups, &options).await.map_err(failed)?;
-        let coordinator = Coordinator { ctx: ctx.clone(), disk, volume: Arc::clone(&shared), superblock };
+        let mut coordinator = Coordinator::new(ctx.clone(), disk, Arc::clone(&shared), superblock);
+        if in_use {
+            coordinator.replay(&log).await.map_err(failed)?;
+        }
         spawn(ctx, coordinator.run(checkpoints)).map_err(failed)?;
         spawn(ctx, keep_commit_interval(ctx.clone(), Arc::clone(&shared), options.commit_interval))
             .map_err(failed)?;
-        // Truncations are finished before anyone can write behind their end; deletions go on in the background.
-        call_all(&shared, |_| PeerCall::Recover).await.map_err(failed)?;
+        if shared.check_writable().is_ok() {
+            // Truncations are finished before anyone can write behind their end; deletions go on in the background.
+            call_all(&shared, |_| PeerCall::Recover).await.map_err(failed)?;
+        }
         Ok(Self { shared })
     }
 
@@ -183,6 +198,7 @@ fn spawn(ctx: &Context, task: impl Future<Output = ()> + 'static) -> Result<(), 
 /// Builds what the shards share.
 fn share(
     superblock: &Superblock,
+    logged: Option<Epoch>,
     handles: &[ReactorHandle],
     options: &MountOptions,
     warnings: Vec<String>,
@@ -206,10 +222,15 @@ fn share(
         });
     }
     let (coordinator, checkpoints) = mailbox(CHECKPOINT_SLOTS, first);
+    let durable = logged.unwrap_or(superblock.epoch);
     let shared = VolumeShared {
         shards,
-        open_epoch: AtomicU64::new(first_epoch(superblock).get()),
-        durable_epoch: AtomicU64::new(superblock.epoch.get()),
+        open_epoch: AtomicU64::new(epoch_after(durable).get()),
+        durable_epoch: AtomicU64::new(durable.get()),
+        closing_for_log: AtomicBool::new(false),
+        log_limit: AtomicUsize::new(0),
+        data_written: AtomicBool::new(false),
+        log_writes: AtomicU64::new(0),
         stopping: AtomicBool::new(false),
         failure: OnceLock::new(),
         damage: AtomicU64::new(0),
@@ -276,6 +297,7 @@ impl StartShard {
         let record = superblock.shards[id.index()];
         let shard_count = u64::from(superblock.shard_count());
         let counter = Arc::clone(&volume.shard(id).counter);
+        let first = volume.open_epoch();
         let alloc =
             Allocator::new(id, superblock.layout, superblock.identity(), counter, superblock.epoch, groups);
         let memory = |bytes: u64| usize::try_from(bytes / shard_count).unwrap_or(usize::MAX);
@@ -288,7 +310,7 @@ impl StartShard {
                 identity: TreeIdentity { volume: superblock.identity().volume, shard: id },
                 root: record.tree,
                 alloc,
-                epoch: first_epoch(&superblock),
+                epoch: first,
                 next_inode: record.next_inode,
                 inodes: record.inodes,
                 tree_memory_limit: memory(options.tree_memory),

@@ -16,6 +16,7 @@ mod faults;
 mod full;
 mod history;
 mod lending;
+mod log;
 mod model;
 mod oracle;
 mod planted;

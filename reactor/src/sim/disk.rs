@@ -119,6 +119,7 @@ struct Medium {
     queues: Vec<QueueState>,
     next_sequence: u64,
     writes: u64,
+    flushes: u64,
     /// Writes that may still reach the medium.
     writes_left: Option<u64>,
     faults: Vec<(FaultKind, LbaRange)>,
@@ -184,6 +185,7 @@ impl SimDisk {
             queues: Vec::new(),
             next_sequence: 0,
             writes: 0,
+            flushes: 0,
             writes_left: None,
             faults: Vec::new(),
             observer: None,
@@ -267,6 +269,11 @@ impl SimDisk {
     /// Writes, zeroings and deallocations that have completed.
     pub fn write_count(&self) -> u64 {
         self.medium.borrow().writes
+    }
+
+    /// Flushes done so far.
+    pub fn flush_count(&self) -> u64 {
+        self.medium.borrow().flushes
     }
 
     /// After `count` more writes the device fails: from then on nothing reaches the medium and everything is
@@ -433,7 +440,10 @@ impl Medium {
         }
         let lba_size = u64::from(self.options.lba_size);
         match &mut operation.request {
-            Request::Flush => self.settle_before(operation.horizon),
+            Request::Flush => {
+                self.flushes += 1;
+                self.settle_before(operation.horizon);
+            }
             Request::Read { lba, buffer } => {
                 self.check_faults(FaultKind::Read, *lba, buffer.len() as u64 / lba_size)?;
                 let mut bytes = vec![0; buffer.len()];

@@ -17,7 +17,7 @@ use crate::types::InodeNr;
 const ROOT: InodeNr = InodeNr::ROOT;
 
 /// Rounds of work that a test waits for the power to go.
-const MAX_ROUNDS: u64 = 100;
+const MAX_ROUNDS: u64 = 400;
 
 /// A stream of numbers from a seed (SplitMix64).
 struct Numbers(u64);

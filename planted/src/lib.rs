@@ -31,6 +31,8 @@ pub enum Net {
     Driver,
     /// The filesystem's simulation and crash campaigns.
     Filesystem,
+    /// Reads of a file that is being cloned are counted.
+    Readers,
     /// The models of protocols between threads, of `nvme`: barriers, which x86 does without.
     NvmeModels,
     /// The same of `reactor`.
@@ -121,6 +123,9 @@ bugs! {
     OrphanWithoutIntent = "orphan-without-intent" in Filesystem;
     /// What a truncation cuts off the last block comes back when the file grows.
     TruncationKeepsTail = "truncation-keeps-tail" in Filesystem;
+
+    /// A clone locks the range of its source, as btrfs's once did: reads of it wait for the whole clone.
+    SourceRangeLocked = "source-range-locked" in Readers;
 
     /// Entries of the submission queue are not ordered before the doorbell.
     TailFenceMissing = "tail-fence-missing" in NvmeModels;

@@ -37,6 +37,7 @@ use crate::format::extent::set_aside_of;
 use crate::format::items::{InodeRecord, Intent, intent_key};
 use crate::locks::{Guard, InodeClass, LockOrder, MmapClass, RangeGuard};
 use crate::namespace::inode::{put_intent, store};
+use crate::planted::{Bug, is_planted};
 use crate::request::{CloneRange, Cloned};
 use crate::shard::transact::Credit;
 use crate::shard::{Inode, Shard};
@@ -285,14 +286,18 @@ impl Shard {
         target: &Rc<Inode>,
         job: &Job,
         order: &LockOrder,
-    ) -> Result<RangeGuard, FsError> {
+    ) -> Result<(RangeGuard, Option<RangeGuard>), FsError> {
         let source_range = job.source_range(&job.range);
         for _ in 0..FLUSH_ROUNDS {
             self.flush_range(source, &source_range).await?;
             self.flush_range(target, &job.range).await?;
             let guard = target.ranges.exclusive(job.range.clone(), &mut order.clone()).await;
+            if is_planted(Bug::SourceRangeLocked) && source.nr != target.nr {
+                let whole = source.ranges.exclusive(source_range.clone(), &mut LockOrder::new()).await;
+                return Ok((guard, Some(whole)));
+            }
             if source.is_settled(&source_range) && target.is_settled(&job.range) {
-                return Ok(guard);
+                return Ok((guard, None));
             }
         }
         // All four locks are held: nothing but a failed write-back, which the flush reports, makes pages dirty.

@@ -100,6 +100,7 @@ fn trials(net: Net) -> Vec<Trial> {
             campaign("simulation", &["volume::tests::simulate"]),
             campaign("faults", &["volume::tests::faults"]),
         ],
+        Net::Readers => vec![campaign("reads during clones", &["volume::tests::clone::reads_of_the_source"])],
         Net::NvmeModels => vec![of_models("models of nvme", "nvme")],
         Net::ReactorModels => vec![of_models("models of reactor", "reactor")],
     }
@@ -134,7 +135,7 @@ fn plant(root: &Path, bugs: &[Bug], missed: &mut Vec<String>) -> anyhow::Result<
     missed.extend(bugs.iter().map(|bug| format!("{} was not planted", bug.name())));
     let logs = root.join("target/planted");
     fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
-    let nets: Vec<Net> = [Net::Driver, Net::Filesystem, Net::NvmeModels, Net::ReactorModels]
+    let nets: Vec<Net> = [Net::Driver, Net::Filesystem, Net::Readers, Net::NvmeModels, Net::ReactorModels]
         .into_iter()
         .filter(|net| bugs.iter().any(|bug| bug.net() == *net))
         .collect();

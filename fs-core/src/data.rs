@@ -3,7 +3,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`queue`] | how writes of any thread reach the shard: delalloc queues, dirty budget |
-//! | [`file`], [`page`], [`range_set`] | contents of a file in memory |
+//! | [`mod@file`], [`page`], [`range_set`] | contents of a file in memory |
 //! | [`apply`] | drained writes → pages |
 //! | [`read`] | pages, extents and the device → bytes |
 //! | [`ordered`] | dirty pages → ordered extents → file extents |

@@ -1,7 +1,7 @@
 //! A shard's view of the volume's epochs: when it may apply a transaction, and when it freezes.
 //!
 //! Owns: [`EpochGate`] and the end of an epoch: for a checkpoint the shard freezes, for the intent log only the records
-//! of what it changed are cut off. The volume's open epoch is one atomic ([`VolumeShared::open_epoch`]); the
+//! of what it changed are cut off. The volume's open epoch is one atomic ([`crate::volume::VolumeShared::open_epoch`]); the
 //! coordinator closes it by raising it. A shard follows, at the latest when it is asked to checkpoint, at the
 //! earliest when a transaction finds that it would belong to the new epoch.
 //!

@@ -182,3 +182,25 @@ fn torn_last_entry_takes_only_its_own_epoch_with_it() {
     shape.mounted(&disk, 2, run).unwrap();
     fsck(&shape, &disk).unwrap();
 }
+
+#[test]
+fn lost_superblock_leaves_the_one_before_with_its_log() {
+    let shape = shape(2);
+    let disk = with_log(&shape);
+    // The mount replays, and its checkpoint becomes the newest superblock; both copies of that are damaged.
+    let before = superblock_of(&shape, &disk);
+    shape.mounted(&disk, 2, async |_: &Context, _: &Volume| ()).unwrap();
+    let lost = superblock_of(&shape, &disk);
+    assert_eq!(lost.generation.get(), before.generation.get() + 1);
+    for slot in lost.slots() {
+        disk.flip_bit(slot.get() * BLOCK_SIZE + 130, 1);
+    }
+    assert_eq!(superblock_of(&shape, &disk), before);
+    fsck(&shape, &disk).unwrap();
+    let run = async |_: &Context, volume: &Volume| {
+        assert_eq!(names_there(volume).await, 4);
+        volume.unmount().await.unwrap();
+    };
+    shape.mounted(&disk, 3, run).unwrap();
+    fsck(&shape, &disk).unwrap();
+}

@@ -12,6 +12,8 @@
 //! | used | freed in epoch N | pinned; clear in the bitmap of N, and not to be had |
 //! | pinned | the epoch after N is durable | free |
 //!
+//! A group that is being emptied is *closed*: nothing is allocated there. That is only in memory; a mount finds it open.
+//!
 //! *Legal crash outcomes*: the bitmaps of the newest superblock's epoch, or of the epoch before if that superblock is
 //! lost in both rings. Loading finds the same used and the same pinned blocks as the allocator that wrote them had.
 //!
@@ -26,7 +28,9 @@ mod read;
 #[cfg(test)]
 mod tests;
 
-pub use allocator::{Allocator, AllocatorStats, FreeError, FrozenGroups, GroupImage, MAX_ALLOCATION};
+pub use allocator::{
+    Allocator, AllocatorStats, CloseError, FreeError, FrozenGroups, GroupFigures, GroupImage, MAX_ALLOCATION,
+};
 pub use counter::{Priority, Reservation, SpaceCounter};
 pub use group::GroupTransfer;
 pub use load::{GroupLoadError, GroupWarning, LoadedGroup, assemble, fresh};

@@ -29,6 +29,7 @@ pub mod error;
 pub mod format;
 pub mod fsck;
 pub mod mkfs;
+pub mod relocate;
 pub mod request;
 pub mod superblock;
 pub mod tree;

@@ -8,6 +8,7 @@
 
 use reactor::WallTime;
 
+pub use crate::alloc::GroupFigures;
 use crate::format::node::Key;
 use crate::types::{BlockNr, FileOffset, InodeNr, ShardId};
 
@@ -225,6 +226,51 @@ pub enum ScrubPlace {
 impl ScrubPlace {
     /// Where a scrub begins.
     pub const START: Self = Self::Nodes(Key::MIN);
+}
+
+/// Keeps a group closed: whoever empties it holds one, and it opens again some time after the last clone is dropped.
+#[derive(Clone, Debug, Default)]
+pub struct GroupLease(std::sync::Arc<()>);
+
+impl GroupLease {
+    pub(crate) fn downgrade(&self) -> std::sync::Weak<()> {
+        std::sync::Arc::downgrade(&self.0)
+    }
+}
+
+/// A step of emptying a group; a relocation goes through all of them in this order, several times if need be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RelocateStep {
+    /// Move data from this block on.
+    Data(BlockNr),
+    /// Copy tree nodes, from this key on.
+    Nodes(Key),
+    /// Make it durable, so that what was left becomes free.
+    Settle,
+    /// Allocate there again; the lease ends.
+    Open,
+}
+
+impl RelocateStep {
+    /// Where a pass begins.
+    pub const START: Self = Self::Data(BlockNr::new(0));
+}
+
+/// What a step of a relocation has done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Relocated {
+    /// How to go on; `None` at the end of a pass.
+    pub next: Option<RelocateStep>,
+    /// Blocks that moved.
+    pub blocks: u64,
+    /// References that were turned to them.
+    pub references: u64,
+    /// Tree nodes that moved.
+    pub nodes: u64,
+    /// What could not be moved, each with its place and the reason.
+    pub left: Vec<String>,
+    /// What the group holds now.
+    pub group: GroupFigures,
 }
 
 /// What a step of a scrub has found.
@@ -445,6 +491,22 @@ pub enum Request {
         /// Where to begin.
         from: ScrubPlace,
     },
+    /// What the groups of a shard hold. → [`Reply::Groups`]
+    Groups {
+        /// The shard, which serves the request.
+        shard: ShardId,
+    },
+    /// Does a bounded part of emptying a group. → [`Reply::Relocated`]
+    Relocate {
+        /// The shard that owns the group and serves the request.
+        shard: ShardId,
+        /// The group. It is closed by the first step.
+        group: u64,
+        /// What to do.
+        step: RelocateStep,
+        /// The same for all steps of a group.
+        lease: GroupLease,
+    },
     /// How what was written back of a file lies on the device. → [`Reply::Extents`]
     CountExtents {
         /// File.
@@ -510,6 +572,10 @@ pub enum Reply {
     Offset(u64),
     /// A step of a scrub.
     Scrubbed(ScrubStep),
+    /// What each group of a shard holds, in rising order.
+    Groups(Vec<GroupFigures>),
+    /// A step of a relocation.
+    Relocated(Relocated),
     /// Figures of a file's extents.
     Extents(ExtentSummary),
     /// Whether two ranges were the same, and what they share now; `None` if they differ.

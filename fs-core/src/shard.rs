@@ -10,6 +10,7 @@
 //! | [`checkpoint`] | writing a frozen epoch |
 //! | [`log`] | the records of an epoch, their replay |
 //! | [`message`] | requests, calls between shards |
+//! | [`relocate`] | emptying groups |
 //! | [`scrub`] | verifying what lies on the device |
 //! | `crate::data` | file contents |
 //! | `crate::namespace` | names, inodes, transactions across shards |
@@ -49,6 +50,7 @@ pub(crate) mod checkpoint;
 pub(crate) mod epoch;
 pub(crate) mod log;
 pub(crate) mod message;
+mod relocate;
 mod scrub;
 pub(crate) mod signal;
 pub(crate) mod transact;

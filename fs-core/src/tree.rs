@@ -31,6 +31,7 @@ mod evict;
 mod freeze;
 mod leaf;
 mod node;
+mod relocate;
 #[cfg(test)]
 mod tests;
 mod walk;

@@ -416,7 +416,9 @@ impl Volume {
         let shard = match request {
             Request::StatFs | Request::Sync { scope: SyncScope::Volume, .. } => ShardId::FIRST,
             Request::Link { new_parent, .. } => new_parent.shard(),
-            Request::Scrub { shard, .. } => *shard,
+            Request::Scrub { shard, .. } | Request::Groups { shard } | Request::Relocate { shard, .. } => {
+                *shard
+            }
             Request::Clone(range) | Request::Deduplicate(range) | Request::CopyRange(range) => {
                 range.target.shard()
             }

@@ -11,12 +11,13 @@
 //! - no block is handed out twice, nor while it is pinned;
 //! - the counter always equals what the bitmaps say (see [`super::counter`]); with a reservation in hand no
 //!   allocation fails;
-//! - what is freed between two freezes becomes free when the second freeze after it is durable.
+//! - what is freed between two freezes becomes free when the second freeze after it is durable;
+//! - nothing is allocated in a closed group; what becomes free there is not in the counter before it is opened again.
 //!
 //! Excludes: I/O (a freeze returns images to write), epochs (the shard says when one ends).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use crate::format::group::{CLUSTER_BLOCKS, SlotIdentity, VolumeLayout};
 use crate::planted::{Bug, is_planted};
@@ -58,6 +59,45 @@ pub enum FreeError {
         /// Blocks.
         count: BlockCount,
     },
+}
+
+/// Why a group could not be closed. Nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CloseError {
+    /// Another shard's, or nobody's.
+    #[error("group {group} does not belong to this shard")]
+    NotOwned {
+        /// The group.
+        group: u64,
+    },
+    /// The shard cannot do without the group's free blocks.
+    #[error("the free space of group {group} is promised already: free {} KiB first", needed * 4)]
+    Needed {
+        /// The group.
+        group: u64,
+        /// Blocks that are missing.
+        needed: u64,
+    },
+}
+
+/// What a group holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GroupFigures {
+    /// Number of the group.
+    pub group: u64,
+    /// Blocks that can ever be free.
+    pub capacity: u64,
+    /// Free blocks.
+    pub free: u64,
+    /// Blocks freed and not yet free.
+    pub pinned: u64,
+}
+
+impl GroupFigures {
+    /// Blocks of data and nodes, those of unfinished writes included.
+    pub fn in_use(&self) -> u64 {
+        self.capacity.saturating_sub(self.free + self.pinned)
+    }
 }
 
 /// Bytes to write to the device, beginning at a block.
@@ -123,6 +163,8 @@ pub struct Allocator {
     /// The epoch whose images are not durable yet.
     frozen: Option<Epoch>,
     pinned: u64,
+    /// Groups in which nothing is allocated, as long as somebody holds the lease.
+    closed: BTreeMap<u64, Weak<()>>,
 }
 
 impl Allocator {
@@ -151,6 +193,7 @@ impl Allocator {
             closed_pins: Vec::new(),
             frozen: None,
             pinned: 0,
+            closed: BTreeMap::new(),
         };
         let mut runs = Vec::new();
         for loaded in groups {
@@ -202,8 +245,7 @@ impl Allocator {
         let (number, run) = self.taken(start, count);
         let group = self.groups.get_mut(&number).expect("taken blocks are in a group of this shard");
         let clusters = group.abandon(run) as u64;
-        self.index(number);
-        self.counter.released(count.get(), clusters);
+        self.became_free(number, count.get(), clusters);
     }
 
     /// Takes these very blocks, which a log says were allocated; nothing may be reserved yet. `false` if they are not
@@ -279,8 +321,7 @@ impl Allocator {
         group.pin(run);
         if is_planted(Bug::ReuseBeforeDurable) {
             let clusters = group.unpin(run) as u64;
-            self.index(number);
-            self.counter.released(count.get(), clusters);
+            self.became_free(number, count.get(), clusters);
             return Ok(());
         }
         self.pinned += count.get();
@@ -312,8 +353,7 @@ impl Allocator {
         assert!(group.may_free(&self.layout, run), "a node that was allocated is in use");
         group.pin(run);
         let clusters = group.unpin(run) as u64;
-        self.index(number);
-        self.counter.released(CLUSTER_BLOCKS, clusters);
+        self.became_free(number, CLUSTER_BLOCKS, clusters);
     }
 
     /// Ends epoch `epoch` for this shard: returns the bitmaps that changed in it. What is freed from now on belongs
@@ -361,18 +401,83 @@ impl Allocator {
         }
         let kept = self.closed_pins.iter().position(|pins| pins.closed_by >= epoch);
         let kept = kept.unwrap_or(self.closed_pins.len());
-        let (mut blocks, mut clusters) = (0, 0);
         for pins in self.closed_pins.drain(..kept).collect::<Vec<_>>() {
             for (number, run) in pins.runs {
                 let group = self.groups.get_mut(&number).expect("a group with pins stays");
-                clusters += group.unpin(run) as u64;
-                blocks += run.len as u64;
-                self.index(number);
+                let clusters = group.unpin(run) as u64;
+                self.pinned -= run.len as u64;
+                self.became_free(number, run.len as u64, clusters);
             }
         }
-        self.pinned -= blocks;
         self.counter.set_pinned(self.pinned);
-        self.counter.released(blocks, clusters);
+        self.open_abandoned();
+    }
+
+    /// Allocates nothing in a group from now on, until it is opened or `lease` has no holder any more (which a
+    /// checkpoint notices). Closing a closed group gives it the new lease.
+    ///
+    /// # Errors
+    /// [`CloseError`].
+    pub fn close(&mut self, number: u64, lease: Weak<()>) -> Result<(), CloseError> {
+        let group = self.groups.get(&number).ok_or(CloseError::NotOwned { group: number })?;
+        if !self.closed.contains_key(&number) {
+            let (blocks, clusters) = (group.free_blocks as u64, group.free_clusters as u64);
+            if !self.counter.close(group.capacity as u64, blocks, clusters) {
+                let needed = blocks.saturating_sub(self.counter.available());
+                return Err(CloseError::Needed { group: number, needed });
+            }
+        }
+        self.closed.insert(number, lease);
+        self.index(number);
+        Ok(())
+    }
+
+    /// Opens a group that was closed.
+    pub fn open(&mut self, number: u64) {
+        if self.closed.remove(&number).is_none() {
+            return;
+        }
+        let group = &self.groups[&number];
+        let (blocks, clusters) = (group.free_blocks as u64, group.free_clusters as u64);
+        self.counter.join(group.capacity as u64, blocks, clusters);
+        self.index(number);
+    }
+
+    /// Opens what nobody has a lease for any more.
+    fn open_abandoned(&mut self) {
+        let abandoned = |(number, lease): (&u64, &Weak<()>)| (lease.strong_count() == 0).then_some(*number);
+        let abandoned: Vec<u64> = self.closed.iter().filter_map(abandoned).collect();
+        abandoned.into_iter().for_each(|number| self.open(number));
+    }
+
+    /// What each group of the shard holds, in rising order.
+    pub fn figures(&self) -> Vec<GroupFigures> {
+        self.groups.keys().filter_map(|number| self.figures_of(*number)).collect()
+    }
+
+    /// What a group of the shard holds.
+    pub fn figures_of(&self, number: u64) -> Option<GroupFigures> {
+        let group = self.groups.get(&number)?;
+        Some(GroupFigures {
+            group: number,
+            capacity: group.capacity as u64,
+            free: group.free_blocks as u64,
+            pinned: group.pinned as u64,
+        })
+    }
+
+    /// The blocks of a group, by number.
+    pub fn blocks_of(&self, number: u64) -> std::ops::Range<u64> {
+        let start = self.layout.group_start(number).get();
+        start..start + self.layout.group_blocks(number)
+    }
+
+    /// Blocks of a group have become free: to be had, if it is open.
+    fn became_free(&mut self, number: u64, blocks: u64, clusters: u64) {
+        if !self.closed.contains_key(&number) {
+            self.counter.released(blocks, clusters);
+        }
+        self.index(number);
     }
 
     /// Gives an empty group away, if this shard can spare one: none of it is promised, the floor stays, and so do a
@@ -381,7 +486,12 @@ impl Allocator {
         if self.groups.len() <= MIN_OWNED_GROUPS {
             return None;
         }
-        let number = *self.groups.iter().rev().find(|(_, group)| group.may_leave())?.0;
+        let number = *self
+            .groups
+            .iter()
+            .rev()
+            .find(|(number, group)| group.may_leave() && !self.closed.contains_key(*number))?
+            .0;
         let group = &self.groups[&number];
         if !self.counter.leave(group.free_blocks as u64, group.free_clusters as u64) {
             return None;
@@ -504,8 +614,9 @@ impl Allocator {
     /// Brings the indexes up to date with one group.
     fn index(&mut self, number: u64) {
         let group = &self.groups[&number];
-        set_member(&mut self.with_clusters, number, group.free_clusters);
-        set_member(&mut self.with_broken, number, group.broken_blocks());
+        let open = !self.closed.contains_key(&number);
+        set_member(&mut self.with_clusters, number, if open { group.free_clusters } else { 0 });
+        set_member(&mut self.with_broken, number, if open { group.broken_blocks() } else { 0 });
     }
 }
 

@@ -187,6 +187,17 @@ impl SpaceCounter {
         true
     }
 
+    /// A group of `capacity` blocks is taken out of use: its free blocks, if they are not promised and the floor stays.
+    /// `false`: nothing has changed.
+    pub(super) fn close(&self, capacity: u64, blocks: u64, clusters: u64) -> bool {
+        if blocks > 0 && !self.take(blocks, clusters, Priority::Normal) {
+            return false;
+        }
+        self.allocated(blocks);
+        self.set_capacity(self.capacity() - capacity);
+        true
+    }
+
     fn set_capacity(&self, capacity: u64) {
         let clusters = capacity / CLUSTER_BLOCKS;
         let floor =

@@ -415,6 +415,7 @@ fn damaged(what: &str, block: BlockNr, inode: InodeNr) -> FsError {
 }
 
 pub(crate) mod lend;
+pub(crate) mod relocate;
 mod share;
 #[cfg(test)]
 mod tests;

@@ -433,6 +433,11 @@ impl FileData {
         self.ordered.iter().any(|extent| extent.pages.start < range.end && range.start < extent.pages.end)
     }
 
+    /// Whether an ordered extent touches these bytes.
+    pub(crate) fn has_ordered_in(&self, bytes: &Range<u64>) -> bool {
+        self.has_ordered(&pages_of(bytes))
+    }
+
     /// Runs of dirty pages from `from` on, ordered ones not included.
     pub(super) fn next_dirty(&self, from: u64) -> Option<Range<u64>> {
         self.dirty.next_run(from)

@@ -44,6 +44,10 @@ impl Shard {
             | Request::ListXattr { .. }
             | Request::RemoveXattr { .. }) => self.serve_xattr(xattr).await,
             Request::Scrub { from, .. } => self.scrub(from).await.map(Reply::Scrubbed),
+            Request::Groups { .. } => Ok(Reply::Groups(self.alloc.borrow().figures())),
+            Request::Relocate { group, step, lease, .. } => {
+                self.relocate(group, step, &lease).await.map(Reply::Relocated)
+            }
             Request::StatFs => Ok(Reply::Space(self.volume.space())),
             contents => self.serve_contents(contents).await,
         }

@@ -91,9 +91,9 @@ impl Credit {
     }
 }
 
-struct TransactionSpace<'a> {
-    shard: &'a Shard,
-    reservation: &'a mut Reservation,
+pub(super) struct TransactionSpace<'a> {
+    pub(super) shard: &'a Shard,
+    pub(super) reservation: &'a mut Reservation,
 }
 
 impl NodeSpace for TransactionSpace<'_> {
@@ -298,7 +298,7 @@ impl Shard {
 
     /// Makes the open epoch durable even if nothing has changed in it: what was freed in the one before becomes free
     /// only then.
-    async fn close_epoch_for_space(&self) -> Result<(), FsError> {
+    pub(super) async fn close_epoch_for_space(&self) -> Result<(), FsError> {
         if self.counter.pinned() > 0 {
             self.volume.note_commit(self.id, self.epochs.current());
         }

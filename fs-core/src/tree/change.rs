@@ -46,7 +46,7 @@ pub enum Inserted {
 }
 
 /// What a change needs to know on its way.
-struct Change<'a> {
+pub(super) struct Change<'a> {
     epoch: Epoch,
     cohort: Cohort,
     fanout: usize,
@@ -217,6 +217,35 @@ fn own<'node>(slot: &'node mut Rc<Node>, change: &mut Change<'_>) -> &'node mut 
     node.cohort = change.cohort;
     node.state.set(NodeState::Dirty);
     node
+}
+
+/// As [`Tree::begin`], for a change of places only.
+pub(super) fn begin_copy<'a>(
+    tree: &'a mut Tree,
+    epoch: Epoch,
+    space: &'a mut dyn NodeSpace,
+) -> (&'a mut Rc<Node>, Change<'a>) {
+    tree.begin(epoch, space)
+}
+
+/// Copies the nodes along `steps`. Returns how many of them leave a place in `blocks`.
+pub(super) fn copy_way(
+    slot: &mut Rc<Node>,
+    steps: &[u16],
+    blocks: &std::ops::Range<u64>,
+    change: &mut Change<'_>,
+) -> u64 {
+    let before = slot.address;
+    let node = own(slot, change);
+    let left = u64::from(before != node.address && blocks.contains(&before.get()));
+    match &mut node.body {
+        Body::Leaf(_) => left,
+        Body::Inner(inner) => {
+            let (index, steps) = next_step(steps);
+            let child = inner.child_mut(index).node_mut().expect("the path is in memory");
+            left + copy_way(child, steps, blocks, change)
+        }
+    }
 }
 
 /// Gives back the place of a node that the tree no longer has.

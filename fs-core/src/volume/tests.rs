@@ -20,6 +20,7 @@ mod log;
 mod model;
 mod oracle;
 mod planted;
+mod relocate;
 mod scrub;
 mod simulate;
 mod world;

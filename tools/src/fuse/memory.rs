@@ -227,7 +227,9 @@ impl State {
             | Request::Deduplicate(_)
             | Request::CopyRange(_)
             | Request::CountExtents { .. }
-            | Request::Scrub { .. } => Err(FsError::NotSupported),
+            | Request::Scrub { .. }
+            | Request::Groups { .. }
+            | Request::Relocate { .. } => Err(FsError::NotSupported),
         }
     }
 

@@ -206,12 +206,20 @@ async fn go_on(volume: &Volume) -> Result<(), FsError> {
 
 /// Random workloads of concurrent clients.
 pub(super) fn crash_random(seed: u64) -> Result<(), Trouble> {
+    crash_of(seed, async |client: &mut Client| client.run(OPS).await)
+}
+
+/// Workloads of clients that each run `script`.
+pub(super) fn crash_of(
+    seed: u64,
+    script: impl AsyncFn(&mut Client) -> Ending + 'static,
+) -> Result<(), Trouble> {
     let shape = Shape::random(seed);
     let (disk, history) = prepared(&shape, CLIENTS);
     let history = Rc::new(RefCell::new(history));
     let collector = Collector::watch(&disk, &history, seed);
     collector.recording.set(true);
-    session(&shape, &disk, &history, 10, async |client: &mut Client| client.run(OPS).await);
+    session(&shape, &disk, &history, 10, script);
     let mut tally = Tally::default();
     judge_all(&shape, &history, collector.states.take(), &mut tally)?;
     println!("seed {seed}: {tally:?}");

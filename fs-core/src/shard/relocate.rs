@@ -1,0 +1,414 @@
+//! Relocation: moving everything out of a group while the volume is in use.
+//!
+//! Owns: [`Shard::relocate`], one bounded step of emptying a group of this shard. Whoever relocates asks for step after
+//! step; the shard keeps nothing in between but that the group is closed.
+//!
+//! | step | does |
+//! |---|---|
+//! | [`RelocateStep::Data`] | moves the next runs: verified copy, then reference by reference |
+//! | [`RelocateStep::Nodes`] | copies tree nodes of the group, as a change of theirs would |
+//! | [`RelocateStep::Settle`] | a checkpoint, after which what the steps before it gave up becomes free |
+//!
+//! A reference is turned under the mmap lock, shared, and the range lock, exclusive, of its file, in one transaction that
+//! looks again whether it still is what was copied, adds the new reference and drops the old one. So a reader, which
+//! holds its range, sees one place or the other; a clone, which holds the mmap lock, never finds that what it has looked
+//! up is gone. The locks are tried; who is busy is passed over and come back to, and after [`TRIES`] rounds waited for,
+//! with nothing else in hand.
+//!
+//! Invariants:
+//! - sharing stays: all references of a block go to the same copy, or a round that cannot end leaves the rest where it
+//!   is for the next pass (then, and only then, the block exists twice);
+//! - blocks that are lent to another shard stay, with everything that shares them; they are named;
+//! - a block that does not match its checksum stays, and is named.
+//!
+//! # Legal crash outcomes
+//! Each transaction alone: some references moved, others not. A group is closed only in memory.
+//!
+//! Excludes: which groups, in what order, until when (`crate::relocate`).
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::rc::Rc;
+use std::time::Duration;
+
+use reactor::block::Durability;
+
+use crate::alloc::{CloseError, Priority};
+use crate::data::extent_map::relocate::{
+    Destination, Found, Reference, Span, first_reference, has_room, move_reference, next_span, references,
+};
+use crate::error::FsError;
+use crate::format::extent::{ExtentKind, borrower_of};
+use crate::format::node::Key;
+use crate::locks::{Guard, LockOrder, MmapClass, Mode, RangeGuard};
+use crate::request::{GroupLease, RelocateStep, Relocated};
+use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, Generation, InodeNr, ShardId};
+
+use super::transact::{Credit, TransactionSpace};
+use super::{Inode, Shard};
+
+/// Blocks after which a step ends, and the rest of a span: 16 MiB.
+const BLOCKS_PER_STEP: u64 = 4096;
+
+/// Spans after which a step ends.
+const SPANS_PER_STEP: u32 = 64;
+
+/// Tree nodes that a step copies.
+const NODES_PER_STEP: u64 = 64;
+
+/// Rounds over the references of a span in which locks are only tried.
+const TRIES: u32 = 4;
+
+/// Pause after a round in which some were busy.
+const RETRY_PAUSE: Duration = Duration::from_micros(200);
+
+/// Rounds after which the rest of a span is left for the next pass: somebody makes references as fast as they are moved.
+const ROUNDS: u32 = 64;
+
+/// The locks of a reference. Fields are dropped in order: the reverse of how they were taken.
+struct ReferenceLocks {
+    _range: RangeGuard,
+    _mmap: Guard<MmapClass>,
+}
+
+/// A span on its way.
+struct Journey {
+    span: Span,
+    to: Destination,
+}
+
+impl Shard {
+    /// Does a step of emptying `group`, which is closed by it.
+    ///
+    /// # Errors
+    /// [`FsError::Invalid`] if the group is not this shard's; [`FsError::NoSpace`] if the shard cannot do without its
+    /// free blocks, or has no room for what is in it; failures of the device.
+    pub(crate) async fn relocate(
+        self: &Rc<Self>,
+        group: u64,
+        step: RelocateStep,
+        lease: &GroupLease,
+    ) -> Result<Relocated, FsError> {
+        if step == RelocateStep::Open {
+            self.alloc.borrow_mut().open(group);
+            return Ok(Relocated::default());
+        }
+        self.close_group(group, lease).await?;
+        let blocks = self.alloc.borrow().blocks_of(group);
+        let mut done = Relocated::default();
+        match step {
+            RelocateStep::Data(from) => self.relocate_data(blocks, from, &mut done).await?,
+            RelocateStep::Nodes(from) => self.relocate_nodes(&blocks, from, &mut done).await?,
+            RelocateStep::Settle => self.close_epoch_for_space().await?,
+            RelocateStep::Open => {}
+        }
+        done.group = self.alloc.borrow().figures_of(group).ok_or(FsError::Invalid)?;
+        Ok(done)
+    }
+
+    /// Closes a group. If its free blocks are promised, epochs are closed first to find others.
+    async fn close_group(&self, group: u64, lease: &GroupLease) -> Result<(), FsError> {
+        let mut checkpoints = 0;
+        loop {
+            let closed = self.alloc.borrow_mut().close(group, lease.downgrade());
+            match closed {
+                Ok(()) => return Ok(()),
+                Err(CloseError::NotOwned { .. }) => return Err(FsError::Invalid),
+                Err(CloseError::Needed { .. }) if checkpoints == 2 => return Err(FsError::NoSpace),
+                Err(CloseError::Needed { .. }) => self.close_epoch_for_space().await?,
+            }
+            checkpoints += 1;
+        }
+    }
+
+    async fn relocate_data(
+        self: &Rc<Self>,
+        group: Range<u64>,
+        from: BlockNr,
+        done: &mut Relocated,
+    ) -> Result<(), FsError> {
+        let mut at = from.get().max(group.start);
+        let mut spans = 0;
+        while at < group.end {
+            if done.blocks >= BLOCKS_PER_STEP || spans == SPANS_PER_STEP {
+                done.next = Some(RelocateStep::Data(BlockNr::new(at)));
+                return Ok(());
+            }
+            spans += 1;
+            let rest = at..group.end;
+            match self.view(|batch| next_span(batch, &rest)).await? {
+                Found::Nothing => break,
+                Found::Lent(start, blocks, object) => {
+                    let shard = borrower_of(object).map_or(0, ShardId::get);
+                    done.left.push(format!("blocks {start} + {blocks}: lent to shard {shard}"));
+                    at = start.get() + blocks.get();
+                }
+                Found::Span(span) => {
+                    at = span.start.get() + self.relocate_span(span, done).await?;
+                    self.ctx.yield_now().await;
+                }
+            }
+        }
+        done.next = Some(RelocateStep::Nodes(Key::MIN));
+        Ok(())
+    }
+
+    /// Moves as much of the beginning of `span` as goes to one place. Returns the blocks that were dealt with.
+    async fn relocate_span(self: &Rc<Self>, mut span: Span, done: &mut Relocated) -> Result<u64, FsError> {
+        let bytes = match span.kind {
+            ExtentKind::Preallocated => Vec::new(),
+            ExtentKind::Data => {
+                let (bytes, bad) = self.read_span(&span).await?;
+                if let Some(bad) = bad {
+                    if bad == 0 {
+                        let start = span.start;
+                        done.left.push(format!("block {start}: it does not match its checksum"));
+                        return Ok(1);
+                    }
+                    span.shorten(bad);
+                }
+                bytes
+            }
+        };
+        let to = self.find_destination(&mut span).await?;
+        let blocks = span.blocks();
+        let mut journey = Journey { span, to };
+        let moved = match journey.span.kind {
+            ExtentKind::Preallocated => self.move_references(&mut journey, done).await,
+            ExtentKind::Data => {
+                let bytes = &bytes[..(blocks * BLOCK_SIZE) as usize];
+                match self.disk.write(journey.to.start, bytes, Durability::Cached).await {
+                    Ok(()) => self.move_references(&mut journey, done).await,
+                    Err(error) => Err(error),
+                }
+            }
+        };
+        self.give_back_fresh(&journey.to);
+        moved.map(|()| blocks)
+    }
+
+    /// The blocks of a span, and the first that is not what its checksum says.
+    async fn read_span(&self, span: &Span) -> Result<(Vec<u8>, Option<u64>), FsError> {
+        let count = BlockCount::new(span.blocks());
+        let bytes = match self.disk.read(span.start, count).await {
+            Ok(bytes) => bytes,
+            Err(_) if span.blocks() == 1 => return Ok((Vec::new(), Some(0))),
+            Err(_) => {
+                // As far as it can be read.
+                let mut bytes = Vec::new();
+                for at in 0..span.blocks() {
+                    let block = BlockNr::new(span.start.get() + at);
+                    match self.disk.read(block, BlockCount::new(1)).await {
+                        Ok(block) => bytes.extend(block),
+                        Err(_) => break,
+                    }
+                }
+                bytes
+            }
+        };
+        let blocks = bytes.chunks_exact(BLOCK_SIZE as usize);
+        let good =
+            blocks.zip(0..).take_while(|(block, at)| Some(crc32c::crc32c(block)) == span.checksum(*at));
+        let good = good.count() as u64;
+        if good < span.blocks() && good == 0 {
+            self.volume.note_damage(self.id, &format!("data block {}: wrong checksum", span.start));
+        }
+        Ok((bytes, (good < span.blocks()).then_some(good)))
+    }
+
+    /// Blocks outside of closed groups; the span is cut to as many as lie together.
+    async fn find_destination(&self, span: &mut Span) -> Result<Destination, FsError> {
+        let mut space = self.reserve(span.blocks(), 0, Priority::Normal).await?;
+        let wanted = BlockCount::new(span.blocks());
+        let (start, count) = self.alloc.borrow_mut().allocate_data(wanted, &mut space);
+        span.shorten(count.get());
+        let generation = Generation::new(self.epochs.current().get());
+        Ok(Destination { start, generation, fresh: vec![true; count.get() as usize] })
+    }
+
+    /// Blocks that no reference has come to need.
+    fn give_back_fresh(&self, to: &Destination) {
+        let mut at = 0;
+        for stretch in to.fresh.chunk_by(|left, right| left == right) {
+            let start = BlockNr::new(to.start.get() + at);
+            if stretch[0] {
+                self.alloc.borrow_mut().abandon_data(start, BlockCount::new(stretch.len() as u64));
+            }
+            at += stretch.len() as u64;
+        }
+    }
+
+    /// Turns every reference to the span, round after round, until there is none or no more can be done.
+    async fn move_references(
+        self: &Rc<Self>,
+        journey: &mut Journey,
+        done: &mut Relocated,
+    ) -> Result<(), FsError> {
+        let blocks = journey.span.range();
+        for round in 0..ROUNDS {
+            let (mut moved, mut busy) = (0, 0);
+            let mut next = Some(first_reference(&blocks));
+            while let Some(from) = next {
+                let (found, rest) = self.view(|batch| references(batch, &blocks, from)).await?;
+                next = rest;
+                let (turned, passed_over) = self.move_some(journey, found, round, done).await?;
+                moved += turned;
+                busy += passed_over;
+            }
+            if moved == 0 && busy == 0 {
+                return Ok(());
+            }
+            if busy > 0 {
+                self.ctx.sleep(RETRY_PAUSE).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Turns those of `found` whose locks can be had. Returns the blocks turned, and how many files were busy.
+    async fn move_some(
+        self: &Rc<Self>,
+        journey: &mut Journey,
+        found: Vec<Reference>,
+        round: u32,
+        done: &mut Relocated,
+    ) -> Result<(u64, u64), FsError> {
+        let mut by_inode: BTreeMap<InodeNr, Vec<Reference>> = BTreeMap::new();
+        for reference in found {
+            // What is lent since the span was chosen stays; the next pass names it.
+            if let Some(owner) = reference.owner() {
+                by_inode.entry(owner).or_default().push(reference);
+            }
+        }
+        let (mut locked, mut busy) = (Vec::new(), Vec::new());
+        for (nr, references) in by_inode {
+            let inode = self.inode(nr);
+            for reference in references {
+                match try_lock(&inode, &reference, journey.span.kind) {
+                    Some(locks) => locked.push((reference, locks)),
+                    None => busy.push(reference),
+                }
+            }
+            drop(inode);
+            self.release_inode(nr);
+        }
+        let references: Vec<Reference> = locked.iter().map(|(reference, _)| *reference).collect();
+        let mut moved = self.turn(journey, &references, done).await?;
+        drop(locked);
+        references.iter().filter_map(Reference::owner).for_each(|nr| self.release_inode(nr));
+        if round >= TRIES {
+            for reference in &busy {
+                moved += self.wait_and_turn(journey, reference, done).await?;
+            }
+        }
+        Ok((moved, busy.len() as u64))
+    }
+
+    /// Waits for the locks of one reference, in their order and with nothing else in hand, and turns it.
+    async fn wait_and_turn(
+        self: &Rc<Self>,
+        journey: &mut Journey,
+        reference: &Reference,
+        done: &mut Relocated,
+    ) -> Result<u64, FsError> {
+        let Some(nr) = reference.owner() else { return Ok(0) };
+        let inode = self.inode(nr);
+        let mut order = LockOrder::new();
+        let mmap = inode.mmap_lock.shared(&mut order).await;
+        let range = inode.ranges.exclusive(reference.bytes(), &mut order).await;
+        let turned = if is_written_to(&inode, reference, journey.span.kind) {
+            Ok(0) // the ordered extent ends soon, once the range is free
+        } else {
+            self.turn(journey, std::slice::from_ref(reference), done).await
+        };
+        drop((range, mmap, inode));
+        self.release_inode(nr);
+        turned
+    }
+
+    /// Turns references whose locks are held, in as many transactions as it takes. Returns the blocks turned.
+    async fn turn(
+        &self,
+        journey: &mut Journey,
+        references: &[Reference],
+        done: &mut Relocated,
+    ) -> Result<u64, FsError> {
+        let mut rest = references;
+        let mut moved = 0;
+        while !rest.is_empty() {
+            let credit = Credit::reserve(crate::data::extent_map::relocate::MOVE_ITEMS);
+            let (turned, count, to) = self
+                .transact(credit, |batch| {
+                    let mut to = journey.to.clone();
+                    let (mut turned, mut count) = (0, 0);
+                    for reference in rest {
+                        if !has_room(batch) {
+                            break;
+                        }
+                        turned += move_reference(batch, &journey.span, &mut to, reference)?;
+                        count += 1;
+                    }
+                    Ok((turned, count, to))
+                })
+                .await?;
+            let used = journey.to.fresh.iter().zip(&to.fresh).filter(|(before, after)| **before && !**after);
+            done.blocks += used.count() as u64;
+            done.references += if turned > 0 { count as u64 } else { 0 };
+            journey.to = to;
+            moved += turned;
+            rest = &rest[count..];
+        }
+        Ok(moved)
+    }
+
+    async fn relocate_nodes(
+        &self,
+        blocks: &Range<u64>,
+        from: Key,
+        done: &mut Relocated,
+    ) -> Result<(), FsError> {
+        let mut from = from;
+        while done.nodes < NODES_PER_STEP {
+            let found = self.view(|_| Ok(self.tree.borrow().first_node_in(blocks, &from)?)).await?;
+            let Some(key) = found else {
+                done.next = Some(RelocateStep::Settle);
+                return Ok(());
+            };
+            done.nodes += self.copy_path(&key, blocks).await?;
+            from = key;
+        }
+        done.next = Some(RelocateStep::Nodes(from));
+        Ok(())
+    }
+
+    /// Gives the nodes on the way to `key` new places. Returns how many have left `blocks`.
+    async fn copy_path(&self, key: &Key, blocks: &Range<u64>) -> Result<u64, FsError> {
+        let mut reservation = self.reserve(0, self.nodes_for(1), Priority::Reserve).await?;
+        loop {
+            self.volume.check_writable()?;
+            let epoch = self.enter_epoch().await;
+            let mut space = TransactionSpace { shard: self, reservation: &mut reservation };
+            let copied = self.tree.borrow_mut().copy_path(key, blocks, epoch, &mut space);
+            match copied {
+                Ok(left) => {
+                    self.epochs.mark_changed();
+                    self.volume.note_commit(self.id, epoch);
+                    return Ok(left.max(1));
+                }
+                Err(missing) => self.load(missing).await?,
+            }
+        }
+    }
+}
+
+fn try_lock(inode: &Inode, reference: &Reference, kind: ExtentKind) -> Option<ReferenceLocks> {
+    let mmap = inode.mmap_lock.try_lock(Mode::Shared)?;
+    let range = inode.ranges.try_lock(reference.bytes(), Mode::Exclusive)?;
+    let locks = ReferenceLocks { _range: range, _mmap: mmap };
+    (!is_written_to(inode, reference, kind)).then_some(locks)
+}
+
+/// Whether preallocated blocks of the reference are being written to: they must not move before that has ended.
+fn is_written_to(inode: &Inode, reference: &Reference, kind: ExtentKind) -> bool {
+    kind == ExtentKind::Preallocated && inode.data.borrow().has_ordered_in(&reference.bytes())
+}

@@ -1,0 +1,303 @@
+//! Relocation: what moves, what stays the same meanwhile and afterwards, and what a crash in the middle leaves.
+
+use std::cell::Cell;
+use std::ops::ControlFlow;
+use std::rc::Rc;
+
+use futures_util::future::join;
+
+use super::client::{Client, Ending};
+use super::clone::{clone, pattern, patterns, space, sync_file, whole};
+use super::crash::crash_of;
+use super::model::{Op, TOP};
+use super::world::{SeedNote, Shape, fsck, prepared, seeds, session};
+use super::*;
+use crate::relocate::{RelocateError, RelocateProgress, RelocateReport, RelocateScope};
+use crate::request::{AllocateMode, CloneRange, GroupFigures};
+use crate::types::BLOCK_SIZE;
+
+/// Seeds of an ordinary test run.
+const SEEDS: u64 = 4;
+
+/// Seeds whose crashes an ordinary test run enumerates.
+const CRASH_SEEDS: u64 = 2;
+
+fn shape() -> Shape {
+    let mount = MountOptions { commit_interval: Duration::from_millis(20), ..MountOptions::default() };
+    Shape { seed: 21, shards: 1, reactors: 1, blocks: 64 * 1024, mount }
+}
+
+fn go_on(_: RelocateProgress) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+async fn groups(volume: &Volume, shard: u8) -> Vec<GroupFigures> {
+    match volume.call(Request::Groups { shard: ShardId::new(shard).unwrap() }).await {
+        Ok(Reply::Groups(groups)) => groups,
+        other => panic!("groups: {other:?}"),
+    }
+}
+
+async fn alternating(volume: &Volume, name: &str, tag: u8, blocks: u64) -> InodeNr {
+    let inode = create(volume, Volume::ROOT, name, NewInode::Regular).await.inode;
+    for first in 0..2 {
+        for block in (first..blocks).step_by(2) {
+            write(volume, inode, block * BLOCK_SIZE, &pattern(tag, block)).await;
+        }
+        sync_file(volume, inode).await;
+    }
+    inode
+}
+
+/// The group that holds most.
+async fn fullest(volume: &Volume) -> GroupFigures {
+    groups(volume, 0).await.into_iter().max_by_key(GroupFigures::in_use).unwrap()
+}
+
+fn whole_report(report: &RelocateReport) {
+    assert_eq!((report.groups_left, &report.left[..], report.cancelled), (0, &[][..], false), "{report:?}");
+}
+
+#[test]
+fn emptied_group_is_free_and_files_and_their_sharing_stay() {
+    let shape = shape();
+    let disk = shape.formatted();
+    let run = async |_: &Context, volume: &Volume| {
+        let long = create(volume, Volume::ROOT, "long", NewInode::Regular).await.inode;
+        write(volume, long, 0, &patterns(1, 1500)).await;
+        let pieces = alternating(volume, "pieces", 2, 300).await;
+        let copy = create(volume, Volume::ROOT, "copy", NewInode::Regular).await.inode;
+        clone(volume, whole(pieces, copy)).await.unwrap();
+        let part = create(volume, Volume::ROOT, "part", NewInode::Regular).await.inode;
+        let at = |block: u64| FileOffset::new(block * BLOCK_SIZE);
+        let (source_offset, target_offset, length) = (at(100), at(7), 333 * BLOCK_SIZE);
+        let range = CloneRange { source: long, source_offset, target: part, target_offset, length };
+        clone(volume, range).await.unwrap();
+        let reserved = create(volume, Volume::ROOT, "reserved", NewInode::Regular).await.inode;
+        let (offset, length, mode) = (FileOffset::new(0), 400 * BLOCK_SIZE, AllocateMode::Extend);
+        let request = Request::Allocate { inode: reserved, offset, length, mode };
+        assert_eq!(volume.call(request).await, Ok(Reply::Done));
+        write(volume, reserved, 50 * BLOCK_SIZE, &patterns(5, 20)).await;
+        sync(volume).await;
+        let before = space(volume).await;
+        let group = fullest(volume).await;
+        assert!(group.in_use() > 1500, "{group:?}");
+
+        let report = volume.relocate(RelocateScope::Group(group.group), go_on).await.unwrap();
+        whole_report(&report);
+        assert!(report.blocks >= 2000 && report.references > report.blocks / 256, "{report:?}");
+        let after = groups(volume, 0).await.into_iter().find(|now| now.group == group.group).unwrap();
+        assert_eq!(after.free, after.capacity);
+        assert!(before.free.abs_diff(space(volume).await.free) < 100, "what was shared is shared");
+
+        assert_eq!(read(volume, long, 0, 1 << 23).await, patterns(1, 1500));
+        assert_eq!(read(volume, pieces, 0, 1 << 23).await, patterns(2, 300));
+        assert_eq!(read(volume, copy, 0, 1 << 23).await, patterns(2, 300));
+        let there = read(volume, part, 7 * BLOCK_SIZE, 1 << 23).await;
+        assert_eq!(there, patterns(1, 1500)[100 * 4096..433 * 4096]);
+        let there = read(volume, reserved, 0, 1 << 23).await;
+        assert_eq!(there[50 * 4096..70 * 4096], patterns(5, 20));
+        assert!(there[..50 * 4096].iter().chain(&there[70 * 4096..]).all(|byte| *byte == 0));
+        // Preallocated blocks are still there to be written to.
+        write(volume, reserved, 300 * BLOCK_SIZE, &patterns(6, 100)).await;
+        volume.unmount().await.unwrap();
+    };
+    shape.mounted(&disk, 1, run).unwrap();
+    fsck(&shape, &disk).unwrap();
+    let run = async |_: &Context, volume: &Volume| {
+        let inode = lookup(volume, Volume::ROOT, "copy").await.unwrap().inode;
+        assert_eq!(read(volume, inode, 0, 1 << 23).await, patterns(2, 300));
+        let inode = lookup(volume, Volume::ROOT, "reserved").await.unwrap().inode;
+        assert_eq!(read(volume, inode, 300 * BLOCK_SIZE, 1 << 23).await, patterns(6, 100));
+        volume.unmount().await.unwrap();
+    };
+    shape.mounted(&disk, 2, run).unwrap();
+}
+
+#[test]
+fn group_that_does_not_exist_is_named_with_those_that_do() {
+    let shape = shape();
+    let disk = shape.formatted();
+    let run = async |_: &Context, volume: &Volume| {
+        let last = groups(volume, 0).await.last().unwrap().group;
+        let refused = volume.relocate(RelocateScope::Group(last + 1), go_on).await;
+        assert_eq!(refused, Err(RelocateError::NoGroup { group: last + 1, last }));
+        volume.unmount().await.unwrap();
+    };
+    shape.mounted(&disk, 1, run).unwrap();
+}
+
+#[test]
+fn cancelled_relocation_has_moved_less_and_leaves_the_group_open() {
+    let shape = shape();
+    let disk = shape.formatted();
+    let run = async |_: &Context, volume: &Volume| {
+        let file = alternating(volume, "file", 3, 900).await;
+        let long = create(volume, Volume::ROOT, "long", NewInode::Regular).await.inode;
+        for part in 0..12 {
+            write(volume, long, part * 1000 * BLOCK_SIZE, &patterns(part as u8, 1000)).await;
+            sync_file(volume, long).await;
+        }
+        sync(volume).await;
+        let before = space(volume).await;
+        let mut steps = 0;
+        let stop = |_| {
+            steps += 1;
+            if steps == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let report = volume.relocate(RelocateScope::All, stop).await.unwrap();
+        assert!(report.cancelled && report.blocks < 12_000, "{report:?}");
+        for _ in 0..3 {
+            write(volume, file, 0, &pattern(3, 0)).await;
+            sync(volume).await;
+        }
+        // A group that stayed closed would be missed here.
+        let after = space(volume).await;
+        assert!(before.available.abs_diff(after.available) < 100, "{before:?} {after:?}");
+        assert_eq!(read(volume, file, 0, 1 << 23).await, patterns(3, 900));
+        volume.unmount().await.unwrap();
+    };
+    shape.mounted(&disk, 1, run).unwrap();
+    fsck(&shape, &disk).unwrap();
+}
+
+#[test]
+fn group_whose_lease_is_dropped_opens_at_the_next_checkpoint() {
+    let shape = shape();
+    let disk = shape.formatted();
+    let run = async |_: &Context, volume: &Volume| {
+        let file = alternating(volume, "file", 3, 100).await;
+        sync(volume).await;
+        let before = space(volume).await.available;
+        let (shard, group) = (ShardId::FIRST, fullest(volume).await.group);
+        let lease = crate::request::GroupLease::default();
+        let step = crate::request::RelocateStep::START;
+        let request = Request::Relocate { shard, group, step, lease: lease.clone() };
+        assert!(matches!(volume.call(request).await, Ok(Reply::Relocated(_))));
+        sync(volume).await;
+        assert!(space(volume).await.available + 1000 < before, "the group is closed");
+        drop(lease);
+        write(volume, file, 0, &pattern(3, 0)).await;
+        sync(volume).await;
+        write(volume, file, 0, &pattern(3, 0)).await;
+        sync(volume).await;
+        assert!(before.abs_diff(space(volume).await.available) < 300);
+        volume.unmount().await.unwrap();
+    };
+    shape.mounted(&disk, 1, run).unwrap();
+}
+
+#[test]
+fn damaged_block_stays_and_is_named_and_everything_else_moves() {
+    let shape = shape();
+    let disk = shape.formatted();
+    let own = disk.clone();
+    let image = disk.clone();
+    let run = async move |_: &Context, volume: &Volume| {
+        let file = create(volume, Volume::ROOT, "file", NewInode::Regular).await.inode;
+        write(volume, file, 0, &patterns(9, 600)).await;
+        sync(volume).await;
+        let image = image.image();
+        let wanted = pattern(9, 200);
+        let mut block = vec![0; BLOCK_SIZE as usize];
+        let place = (0..64 * 1024_u64).find(|number| {
+            image.read(number * BLOCK_SIZE, &mut block);
+            block == wanted
+        });
+        let place = place.expect("the block is on the device");
+        own.flip_bit(place * BLOCK_SIZE + 77, 2);
+        let group = groups(volume, 0)
+            .await
+            .into_iter()
+            .rfind(|group| group.in_use() > 0 && group.group * 4096 <= place);
+        let group = group.unwrap().group;
+        let report = volume.relocate(RelocateScope::Group(group), go_on).await.unwrap();
+        assert_eq!((report.groups_left, report.left.len()), (1, 1), "{report:?}");
+        assert!(report.left[0].contains(&format!("block {place}: ")), "{report:?}");
+        assert_eq!(read(volume, file, 100 * BLOCK_SIZE, 4096).await, pattern(9, 100));
+        let bad = Request::Read { inode: file, offset: FileOffset::new(200 * BLOCK_SIZE), length: 4096 };
+        let cached = volume.call(bad).await;
+        assert!(matches!(cached, Ok(Reply::Data(data)) if data == pattern(9, 200)), "it was in memory");
+        volume.unmount().await.unwrap();
+    };
+    shape.mounted(&disk, 1, run).unwrap();
+}
+
+/// Empties every group `times` times.
+async fn relocate_all(volume: &Volume, times: u32) -> u64 {
+    let mut moved = 0;
+    for _ in 0..times {
+        match volume.relocate(RelocateScope::All, go_on).await {
+            Ok(report) => moved += report.blocks,
+            Err(error) => panic!("relocation: {error}"),
+        }
+    }
+    moved
+}
+
+/// Lets a client work, the first one as long as a relocation takes that runs beside it.
+async fn beside_relocation(client: &mut Client, ops: usize, times: u32, moved: &Rc<Cell<u64>>) -> Ending {
+    if client.number > 0 {
+        return client.run(ops).await;
+    }
+    // Something to move, on the device.
+    let sync = Op::Sync { node: TOP, scope: SyncScope::Volume };
+    if client.run(30).await != Ending::Finished || client.step(&sync).await != Ending::Finished {
+        return Ending::DeviceGone;
+    }
+    let volume = client.volume.clone();
+    let ended = Cell::new(false);
+    let relocation = async {
+        moved.set(moved.get() + relocate_all(&volume, times).await);
+        ended.set(true);
+    };
+    let working = async {
+        while !ended.get() {
+            let ending = client.run(5).await;
+            if ending != Ending::Finished {
+                return ending;
+            }
+        }
+        client.run(5).await
+    };
+    join(working, relocation).await.0
+}
+
+/// Clients beside a relocation; returns the blocks that it moved.
+fn relocating(seed: u64) -> u64 {
+    let shape = Shape::random(seed);
+    let (disk, history) = prepared(&shape, 3);
+    let history = Rc::new(std::cell::RefCell::new(history));
+    let all = Rc::new(Cell::new(0));
+    for salt in 10..12 {
+        let moved = Rc::clone(&all);
+        session(&shape, &disk, &history, salt, async move |client: &mut Client| {
+            client.check_all().await.expect("what was unmounted is there");
+            let ending = beside_relocation(client, 300, 3, &moved).await;
+            client.check_all().await.expect("what was done is there");
+            ending
+        });
+    }
+    all.get()
+}
+
+#[test]
+fn clients_beside_a_relocation_see_what_the_model_says() {
+    for seed in seeds(SEEDS) {
+        let _note = SeedNote(seed);
+        let moved = relocating(seed);
+        assert!(moved > 200, "{moved} blocks are too few to say anything");
+    }
+}
+
+#[test]
+fn every_write_of_a_relocation_beside_clients_may_be_the_last() {
+    for seed in seeds(CRASH_SEEDS) {
+        let _note = SeedNote(seed);
+        let moved = Rc::new(Cell::new(0_u64));
+        let (script_moved, seed_moved) = (Rc::clone(&moved), moved);
+        let script = async move |client: &mut Client| beside_relocation(client, 40, 1, &script_moved).await;
+        crash_of(seed, script).unwrap_or_else(|why| panic!("{why}"));
+        assert!(seed_moved.get() > 0, "seed {seed}: {} blocks moved", seed_moved.get());
+    }
+}

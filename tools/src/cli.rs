@@ -30,6 +30,7 @@ mod list;
 mod mkfs;
 mod mkscratch;
 mod perf;
+mod relocate;
 mod scrub;
 mod serve;
 mod smart;
@@ -79,6 +80,7 @@ enum Task {
     Serve(serve::Serve),
     Status(status::Status),
     Clone(clone::Clone),
+    Relocate(relocate::Relocate),
     Scrub(scrub::Scrub),
     Sync(sync::Sync),
 }
@@ -101,6 +103,7 @@ impl Pollux {
             Task::Serve(serve) => serve.run(),
             Task::Status(status) => status.run(),
             Task::Clone(clone) => clone.run(),
+            Task::Relocate(relocate) => relocate.run(),
             Task::Scrub(scrub) => scrub.run(),
             Task::Sync(sync) => sync.run(),
         };

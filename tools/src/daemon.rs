@@ -15,10 +15,12 @@
 //! politeness; during the second it ends the process at once (what was acknowledged as durable stays so).
 
 use std::io;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use fs_core::relocate::{RelocateProgress, RelocateScope};
 use fs_core::request::{Reply, Request, ScrubPlace, SyncScope};
 use fs_core::types::ShardId;
 use fs_core::{FsError, Volume};
@@ -333,6 +335,19 @@ impl Figures {
         }
         Ok(json!({ "blocks": done, "damage": damage }))
     }
+
+    /// Empties groups as long as the client listens.
+    fn relocate(&self, scope: RelocateScope, progress: Tell<'_>) -> Result<Value, String> {
+        let watch = |now: RelocateProgress| match progress(Progress {
+            done: now.blocks_done.min(now.blocks),
+            total: now.blocks,
+        }) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        };
+        let report = self.volume.relocate_blocking(scope, watch).map_err(|error| error.to_string())?;
+        serde_json::to_value(report).map_err(|error| format!("cannot write JSON: {error}"))
+    }
 }
 
 impl Handler for Figures {
@@ -343,6 +358,7 @@ impl Handler for Figures {
             }
             Command::Sync => self.sync(),
             Command::Scrub => self.scrub(progress),
+            Command::Relocate(scope) => self.relocate(scope, progress),
         }
     }
 }

@@ -178,7 +178,11 @@ impl Shard {
             ExtentKind::Data => {
                 let bytes = &bytes[..(blocks * BLOCK_SIZE) as usize];
                 match self.disk.write(journey.to.start, bytes, Durability::Cached).await {
-                    Ok(()) => self.move_references(&mut journey, done).await,
+                    Ok(()) => {
+                        // No log may name the copy before a flush.
+                        self.volume.note_data_written();
+                        self.move_references(&mut journey, done).await
+                    }
                     Err(error) => Err(error),
                 }
             }

@@ -14,7 +14,7 @@ use crate::output::outln;
 use crate::quantity::show_size;
 
 /// Bytes of a block.
-const BLOCK: u64 = 4096;
+pub(super) const BLOCK: u64 = 4096;
 
 /// Where there is no terminal, a line this often.
 const LINE_PERIOD: Duration = Duration::from_secs(10);
@@ -40,7 +40,7 @@ pub(super) struct Scrub {
 
 impl Scrub {
     pub(super) fn run(&self) -> Result<(), Failure> {
-        let mut shown = Shown::new();
+        let mut shown = Shown::new("verified");
         let started = Instant::now();
         let socket = self.daemon.socket()?;
         let result = ask_and_watch(&socket, Command::Scrub, &mut |progress| shown.update(progress));
@@ -65,14 +65,16 @@ impl Scrub {
 }
 
 /// Progress on standard error: a bar on a terminal, a line now and then elsewhere.
-struct Shown {
-    bar: ProgressBar,
+pub(super) struct Shown {
+    pub(super) bar: ProgressBar,
+    /// What happens to bytes.
+    word: &'static str,
     terminal: bool,
     last: Instant,
 }
 
 impl Shown {
-    fn new() -> Self {
+    pub(super) fn new(word: &'static str) -> Self {
         let style = ProgressStyle::with_template(
             "{bar:40} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}",
         );
@@ -80,17 +82,17 @@ impl Shown {
         if let Ok(style) = style {
             bar.set_style(style);
         }
-        Self { bar, terminal: std::io::stderr().is_terminal(), last: Instant::now() }
+        Self { bar, word, terminal: std::io::stderr().is_terminal(), last: Instant::now() }
     }
 
-    fn update(&mut self, progress: Progress) {
+    pub(super) fn update(&mut self, progress: Progress) {
         let (done, total) = (progress.done.saturating_mul(BLOCK), progress.total.saturating_mul(BLOCK));
         if self.terminal {
             self.bar.set_length(total);
             self.bar.set_position(done);
         } else if self.last.elapsed() >= LINE_PERIOD {
             self.last = Instant::now();
-            eprintln!("{} of {} verified", show_size(done), show_size(total));
+            eprintln!("{} of {} {}", show_size(done), show_size(total), self.word);
         }
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::protocol::{ANSWER_LIMIT, Command, ControlAnswer, ControlRequest, Progress, VERSION};
+use super::protocol::{ANSWER_LIMIT, Command, ControlAnswer, Progress};
 use crate::failure::{During, Failure};
 
 /// How long an answer may take: a sync of much data on a slow device takes its time.
@@ -46,8 +46,7 @@ pub fn ask_and_watch(
     let talking = || format!("cannot talk to the daemon at {shown}");
     stream.set_read_timeout(Some(PATIENCE)).during(talking())?;
     stream.set_write_timeout(Some(PATIENCE)).during(talking())?;
-    let request = ControlRequest { version: VERSION, command: command.name().into() };
-    let mut line = serde_json::to_vec(&request).during(talking())?;
+    let mut line = serde_json::to_vec(&command.request()).during(talking())?;
     line.push(b'\n');
     stream.write_all(&line).during(talking())?;
     let mut reader = BufReader::new(stream);

@@ -6,17 +6,22 @@
 //! → {"version":1,"command":"sync"}
 //! ← {"version":1,"result":{"took_ns":1234567}}
 //! → {"version":1,"command":"fly"}
-//! ← {"version":1,"error":"unknown command `fly`: this daemon knows status, sync, scrub"}
+//! ← {"version":1,"error":"unknown command `fly`: this daemon knows status, sync, scrub, relocate"}
 //! → {"version":1,"command":"scrub"}
 //! ← {"version":1,"progress":{"done":4096,"total":81920}}
 //! ← {"version":1,"result":{"blocks":81234,"damage":[]}}
+//! → {"version":1,"command":"relocate","group":3}
+//! ← {"version":1,"result":{"groups_emptied":1,…}}
 //! ```
+//!
+//! `relocate` without a group empties all of them, one after the other.
 //!
 //! Long work says how far it is, any number of times before its answer. A client that leaves ends it.
 //!
 //! A request of another version gets an error that names the daemon's version. A line longer than [`REQUEST_LIMIT`],
 //! or one that is no such object, gets an error, and the connection ends.
 
+use fs_core::relocate::RelocateScope;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -36,6 +41,9 @@ pub struct ControlRequest {
     pub version: u32,
     /// What to do.
     pub command: String,
+    /// `relocate`: the group to empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<u64>,
 }
 
 /// What the daemon answers.
@@ -87,6 +95,8 @@ pub enum Command {
     Sync,
     /// Every checksum on the device is verified.
     Scrub,
+    /// Everything is moved out of a group, or out of one group after the other.
+    Relocate(RelocateScope),
 }
 
 impl Command {
@@ -96,7 +106,17 @@ impl Command {
             Self::Status => "status",
             Self::Sync => "sync",
             Self::Scrub => "scrub",
+            Self::Relocate(_) => "relocate",
         }
+    }
+
+    /// The request that asks for it.
+    pub fn request(self) -> ControlRequest {
+        let group = match self {
+            Self::Relocate(RelocateScope::Group(group)) => Some(group),
+            _ => None,
+        };
+        ControlRequest { version: VERSION, command: self.name().into(), group }
     }
 
     /// What a request line asks for.
@@ -109,10 +129,11 @@ impl Command {
         if request.version != VERSION {
             return Err(format!("this daemon speaks version {VERSION}, not {}", request.version));
         }
-        let known = [Self::Status, Self::Sync, Self::Scrub];
+        let scope = request.group.map_or(RelocateScope::All, RelocateScope::Group);
+        let known = [Self::Status, Self::Sync, Self::Scrub, Self::Relocate(scope)];
         known.into_iter().find(|command| command.name() == request.command).ok_or_else(|| {
             let command = request.command.escape_debug();
-            format!("unknown command `{command}`: this daemon knows status, sync, scrub")
+            format!("unknown command `{command}`: this daemon knows status, sync, scrub, relocate")
         })
     }
 }

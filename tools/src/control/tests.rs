@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use fs_core::relocate::RelocateScope;
 use serde_json::{Value, json};
 
 use super::client::{ask, ask_and_watch};
@@ -25,6 +26,7 @@ impl Handler for Fake {
                 }
                 Ok(json!("done"))
             }
+            Command::Relocate(scope) => Ok(json!(format!("{scope:?}"))),
         }
     }
 }
@@ -70,6 +72,15 @@ fn progress_comes_before_the_answer() {
     let answer = ask_and_watch(&fixture.socket(), Command::Scrub, &mut |progress| seen.push(progress.done));
     assert_eq!((answer.unwrap(), seen), (json!("done"), vec![0, 1, 2]));
     assert_eq!(ask(&fixture.socket(), Command::Scrub).unwrap(), json!("done"));
+}
+
+#[test]
+fn relocation_is_asked_for_with_its_group_or_for_all_groups() {
+    let fixture = Fixture::new();
+    for scope in [RelocateScope::All, RelocateScope::Group(0), RelocateScope::Group(77)] {
+        let answer = ask(&fixture.socket(), Command::Relocate(scope)).unwrap();
+        assert_eq!(answer, json!(format!("{scope:?}")));
+    }
 }
 
 #[test]

@@ -22,6 +22,9 @@ const SEEDS: u64 = 4;
 /// Seeds whose crashes an ordinary test run enumerates.
 const CRASH_SEEDS: u64 = 2;
 
+/// Blocks of the intent log in one group, which do not move.
+const LOG_BLOCKS: u64 = 128;
+
 fn shape() -> Shape {
     let mount = MountOptions { commit_interval: Duration::from_millis(20), ..MountOptions::default() };
     Shape { seed: 21, shards: 1, reactors: 1, blocks: 64 * 1024, mount }
@@ -54,10 +57,6 @@ async fn fullest(volume: &Volume) -> GroupFigures {
     groups(volume, 0).await.into_iter().max_by_key(GroupFigures::in_use).unwrap()
 }
 
-fn whole_report(report: &RelocateReport) {
-    assert_eq!((report.groups_left, &report.left[..], report.cancelled), (0, &[][..], false), "{report:?}");
-}
-
 #[test]
 fn emptied_group_is_free_and_files_and_their_sharing_stay() {
     let shape = shape();
@@ -84,10 +83,12 @@ fn emptied_group_is_free_and_files_and_their_sharing_stay() {
         assert!(group.in_use() > 1500, "{group:?}");
 
         let report = volume.relocate(RelocateScope::Group(group.group), go_on).await.unwrap();
-        whole_report(&report);
         assert!(report.blocks >= 2000 && report.references > report.blocks / 256, "{report:?}");
         let after = groups(volume, 0).await.into_iter().find(|now| now.group == group.group).unwrap();
-        assert_eq!(after.free, after.capacity);
+        // The intent log lies where it lay: what is left is its area, and the report says that something is.
+        assert!(after.in_use() <= LOG_BLOCKS, "{after:?}");
+        assert_eq!(report.groups_left, u64::from(after.in_use() > 0), "{report:?}");
+        assert_eq!(report.left.len() as u64, report.groups_left, "{report:?}");
         assert!(before.free.abs_diff(space(volume).await.free) < 100, "what was shared is shared");
 
         assert_eq!(read(volume, long, 0, 1 << 23).await, patterns(1, 1500));
@@ -178,9 +179,9 @@ fn group_whose_lease_is_dropped_opens_at_the_next_checkpoint() {
         assert!(space(volume).await.available + 1000 < before, "the group is closed");
         drop(lease);
         write(volume, file, 0, &pattern(3, 0)).await;
-        sync(volume).await;
+        volume.shared.checkpoint_now().await.unwrap();
         write(volume, file, 0, &pattern(3, 0)).await;
-        sync(volume).await;
+        volume.shared.checkpoint_now().await.unwrap();
         assert!(before.abs_diff(space(volume).await.available) < 300);
         volume.unmount().await.unwrap();
     };

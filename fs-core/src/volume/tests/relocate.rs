@@ -12,7 +12,7 @@ use super::crash::crash_of;
 use super::model::{Op, TOP};
 use super::world::{SeedNote, Shape, fsck, prepared, seeds, session};
 use super::*;
-use crate::relocate::{RelocateError, RelocateProgress, RelocateReport, RelocateScope};
+use crate::relocate::{RelocateError, RelocateProgress, RelocateScope};
 use crate::request::{AllocateMode, CloneRange, GroupFigures};
 use crate::types::BLOCK_SIZE;
 

@@ -5,14 +5,14 @@
 //!
 //! | a group | goes on with |
 //! |---|---|
-//! | holds something, and the last pass moved something | another pass, up to [`MAX_PASSES`] |
+//! | holds something, and the last pass moved something | another pass, up to `MAX_PASSES` |
 //! | holds something that no pass can move | is *left*, with the reasons |
-//! | holds only blocks that superblocks still need | checkpoints, up to [`MAX_SETTLES`] |
+//! | holds only blocks that superblocks still need | checkpoints, up to `MAX_SETTLES` |
 //! | is free | is *emptied* |
 //!
 //! After that it is opened again. Of several groups the emptiest come first: they make room for the others.
 //!
-//! Invariant: memory is bounded by the number of groups and [`LEFT_TOLD`]. Interrupted at any moment, a relocation has simply
+//! Invariant: memory is bounded by the number of groups and `LEFT_TOLD`. Interrupted at any moment, a relocation has simply
 //! moved less: its lease ends with it, and a group without a lease opens.
 //!
 //! Excludes: how a step is done (`shard/relocate.rs`).

@@ -5,7 +5,7 @@
 //!
 //! | item | key (object, kind, offset, minor) | value |
 //! |---|---|---|
-//! | extent | inode (or [`SET_ASIDE`] + inode, or [`lent_to`]), [`EXTENT`], file offset in bytes, 0 | [`RawExtent`] |
+//! | extent | inode (or [`SET_ASIDE`] + inode, or `lent_to`), [`EXTENT`], file offset in bytes, 0 | [`RawExtent`] |
 //! | run | [`PHYSICAL`] + first block, [`RUN`], 0, 0 | [`RawRun`], then the CRC32C of each block (none if preallocated) |
 //! | back-reference | [`PHYSICAL`] + first block, [`BACKREF`], inode, file offset in bytes | [`RawBackref`] |
 //! | return | 0, [`RETURN`], lender, first block | [`RawReturn`] |
@@ -25,7 +25,7 @@
 //!
 //! # Blocks of another shard
 //! A shard lends blocks to another one as it would share them with a file: the borrower is an object of its own
-//! ([`lent_to`]) in the lender's tree, whose extents lie at the offsets that their blocks have on the device, so that a
+//! (`lent_to`) in the lender's tree, whose extents lie at the offsets that their blocks have on the device, so that a
 //! block is lent to a shard at most once. The borrower has a run of its own for what it has borrowed, with checksums, and
 //! counts its own references in it: its reads, clones and writes never ask the lender. When its last reference goes, the
 //! run becomes a *return* in the same transaction, which ends after the lender has dropped the borrower's extent.

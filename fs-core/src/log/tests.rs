@@ -1,3 +1,5 @@
+//! The log without a device: its areas, and which entries a mount takes.
+
 use super::*;
 use crate::format::log::tests::example as example_entry;
 use crate::format::superblock::tests::example;

@@ -1,3 +1,5 @@
+//! Entries of the log as bytes: golden ones, hostile ones, and any at all.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -5,6 +5,7 @@
 //!
 //! Invariants:
 //! - each trial in use passes without a bug first, from the same build: a net that catches everything catches nothing;
+//! - some bugs of the driver are also planted under whole tiers of the hardware tests ([`tiers`]), each of which has to notice by itself;
 //! - no trial was written for a planted bug, and those that plant bugs themselves are left out;
 //! - a bug whose net cannot be built or run here counts as missed.
 //!
@@ -21,8 +22,8 @@ use anyhow::{Context, bail};
 use clap::Args;
 use serde::Deserialize;
 
-use crate::models;
 use crate::steps::{Steps, cargo};
+use crate::{hw_tests, models};
 
 /// What is planted.
 #[derive(Args, Default)]
@@ -52,10 +53,12 @@ enum Build {
     Tests,
     /// Tests, with `--cfg loom`.
     Models,
+    /// The programs of the hardware tests, and those that they test.
+    Programs,
 }
 
 impl Build {
-    const ALL: [Self; 2] = [Self::Tests, Self::Models];
+    const ALL: [Self; 3] = [Self::Tests, Self::Models, Self::Programs];
 }
 
 /// Time that a trial is given with a bug: this much, and as many times what it takes without.
@@ -106,6 +109,23 @@ fn trials(net: Net) -> Vec<Trial> {
     }
 }
 
+/// A run of the hardware tests on a tier's devices.
+const fn tier(name: &'static str, arguments: &'static [&'static str]) -> Trial {
+    // A third of the images that an ordinary run looks at.
+    let environment = &[("POLLUX_CUTS", "70")];
+    Trial { name, build: Build::Programs, program: ("hw-tests", "hw-tests"), arguments, environment }
+}
+
+/// Runs of a tier, and the bugs that each has to notice.
+fn tiers() -> Vec<(Trial, &'static [Bug])> {
+    let completions = tier("tier qtest, completions", &["--tier", "qtest", "--filter", "qemu/a_completion"]);
+    let cuts = tier("tier qtest, power cuts", &["--tier", "qtest", "--filter", "power-cut/"]);
+    vec![
+        (completions, &[Bug::PhaseUnchecked, Bug::CidUnchecked, Bug::QueueUnchecked]),
+        (cuts, &[Bug::FlushDropped]),
+    ]
+}
+
 /// Plants what was asked for.
 pub(crate) fn run(steps: &mut Steps, options: &PlantedOptions) {
     if options.list {
@@ -139,7 +159,16 @@ fn plant(root: &Path, bugs: &[Bug], missed: &mut Vec<String>) -> anyhow::Result<
         .into_iter()
         .filter(|net| bugs.iter().any(|bug| bug.net() == *net))
         .collect();
-    let all: Vec<Trial> = nets.iter().flat_map(|net| trials(*net)).collect();
+    let tiers: Vec<(Trial, Vec<Bug>)> = tiers()
+        .into_iter()
+        .map(|(trial, of)| (trial, of.iter().copied().filter(|bug| bugs.contains(bug)).collect()))
+        .filter(|(_, of): &(Trial, Vec<Bug>)| !of.is_empty())
+        .collect();
+    let of_nets: Vec<Trial> = nets.iter().flat_map(|net| trials(*net)).collect();
+    let all: Vec<&Trial> = tiers.iter().map(|(trial, _)| trial).chain(&of_nets).collect();
+    if !tiers.is_empty() {
+        hw_tests::install(hw_tests::Tier::Qtest);
+    }
     let mut programs = Programs::default();
     for build in Build::ALL {
         let mut packages: Vec<&str> =
@@ -186,6 +215,38 @@ fn plant(root: &Path, bugs: &[Bug], missed: &mut Vec<String>) -> anyhow::Result<
             }
         }
     }
+    for (trial, bugs) in &tiers {
+        plant_under_tier(root, trial, bugs, programs.find(trial)?, missed)?;
+    }
+    Ok(())
+}
+
+/// Each of `bugs` has to make the tier fail, which passes without.
+fn plant_under_tier(
+    root: &Path,
+    trial: &Trial,
+    bugs: &[Bug],
+    program: &Path,
+    missed: &mut Vec<String>,
+) -> anyhow::Result<()> {
+    let log = |what: &str| {
+        root.join("target/planted").join(format!("{what}-{}.log", trial.name.replace([' ', ','], "-")))
+    };
+    let usual = run_trial(root, trial, program, None, None, &log("unplanted"))?;
+    if !usual.passed {
+        bail!("{} fails without a bug, or cannot run: see {}", trial.name, log("unplanted").display());
+    }
+    println!("{:<32}passes without a bug, {:.1} s", trial.name, usual.took.as_secs_f32());
+    for &bug in bugs {
+        let limit = PATIENCE.0 + usual.took * PATIENCE.1;
+        let ended = run_trial(root, trial, program, Some(bug), Some(limit), &log(bug.name()))?;
+        if ended.passed {
+            println!("{:<32}NOT CAUGHT by {}", bug.name(), trial.name);
+            missed.push(format!("{} is not caught by {}", bug.name(), trial.name));
+        } else {
+            println!("{:<32}caught: {} fails, {:.1} s", bug.name(), trial.name, ended.took.as_secs_f32());
+        }
+    }
     Ok(())
 }
 
@@ -224,13 +285,21 @@ impl Programs {
                 }
             }
             Build::Models => models::choose(&mut command, root),
+            Build::Programs => {
+                command = cargo(root);
+                // They replace the ordinary programs, as the next ordinary build does them.
+                command.args(["build", "--quiet", "--locked", "--message-format", "json", "--bins"]);
+                for package in packages.iter().copied().chain(["pollux-tools"]) {
+                    command.args(["--package", package, "--features", &format!("{package}/planted")]);
+                }
+            }
         }
         let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
         anyhow::ensure!(output.status.success(), "the build with the feature `planted` fails");
         for line in String::from_utf8_lossy(&output.stdout).lines() {
             let Ok(artifact) = serde_json::from_str::<Artifact>(line) else { continue };
-            let is_test = artifact.profile.is_some_and(|profile| profile.test);
-            if let Some(path) = artifact.executable.filter(|_| is_test) {
+            let wanted = artifact.profile.is_some_and(|it| it.test) || build == Build::Programs;
+            if let Some(path) = artifact.executable.filter(|_| wanted) {
                 let package = package_name(&artifact.package_id).to_owned();
                 self.0.insert((build, package, artifact.target.name), path);
             }

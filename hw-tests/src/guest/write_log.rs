@@ -82,6 +82,11 @@ impl Entry<'_> {
         self.length
     }
 
+    /// Whether what is written begins so.
+    pub(super) fn starts_with(&self, magic: &[u8]) -> bool {
+        self.data.starts_with(magic)
+    }
+
     /// Does the same to an image. A discard leaves what is there, as a drive may.
     pub(super) fn apply(&self, image: &File) -> Result<()> {
         image.write_all_at(self.data, self.offset).with_context(|| format!("writing at {}", self.offset))

@@ -150,12 +150,14 @@ fn with_cache(
     Ok(Crashed { image: path, acknowledged, what })
 }
 
-/// Superblocks are written past the cache, which the log does not show: rings A and B of docs/on-disk-format.md.
+/// Superblocks (rings A and B of docs/on-disk-format.md) and entries of the intent log are written past the cache, which QEMU's log
+/// does not show.
 fn bypasses_cache(entry: &Entry<'_>) -> bool {
     const BLOCK: u64 = 4096;
-    [16..24, 4160..4168].iter().any(|ring: &std::ops::Range<u64>| {
-        entry.offset() >= ring.start * BLOCK && entry.offset() + entry.length() <= ring.end * BLOCK
-    })
+    entry.starts_with(b"PLXINTNT")
+        || [16..24, 4160..4168].iter().any(|ring: &std::ops::Range<u64>| {
+            entry.offset() >= ring.start * BLOCK && entry.offset() + entry.length() <= ring.end * BLOCK
+        })
 }
 
 /// Boots with all drives, looks for everything that was acknowledged, and goes on writing.

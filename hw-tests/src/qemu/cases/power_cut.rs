@@ -38,6 +38,8 @@ const CUTS_VARIABLE: &str = "POLLUX_CUTS";
 /// What a disk writes at once.
 const SECTOR: usize = 512;
 const SEED: u64 = 20;
+/// What an entry of the intent log begins with.
+const LOG_MAGIC: &[u8] = b"PLXINTNT";
 
 /// A version of a file; `None`: it was deleted.
 struct Version {
@@ -201,7 +203,7 @@ impl<'a> Disk<'a> {
         for (entry, _) in &entries[cut.flushed..cut.written] {
             let Entry::Write { offset, data } = entry else { continue };
             let data = self.log.data(data);
-            if is_superblock(*offset, data.len()) {
+            if is_sent_with_fua(*offset, data) {
                 file.write_all_at(data, *offset)?;
                 continue;
             }
@@ -227,10 +229,13 @@ impl<'a> Disk<'a> {
 }
 
 /// Whether a write is one of those that Pollux asks to be durable by itself (FUA): QEMU 7.2's controller does not pass that on, so the
-/// record does not show it. They are the superblocks (docs/on-disk format): rings of 8 blocks from blocks 16 and 4160 on.
-fn is_superblock(offset: u64, bytes: usize) -> bool {
+/// record does not show it. They are the superblocks, in rings of 8 blocks from blocks 16 and 4160 on, and the entries of the intent
+/// log, which begin with their magic (docs/on-disk-format.md).
+fn is_sent_with_fua(offset: u64, data: &[u8]) -> bool {
     let block = offset / 4096;
-    bytes == 4096 && [16, 4160].iter().any(|&start| (start..start + 8).contains(&block))
+    let superblock =
+        data.len() == 4096 && [16, 4160].iter().any(|&start| (start..start + 8).contains(&block));
+    superblock || data.starts_with(LOG_MAGIC)
 }
 
 /// Checks an image. Returns how many files had to be there.

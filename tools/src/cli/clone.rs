@@ -23,8 +23,8 @@ use crate::quantity::{show_nanos, show_size};
 #[derive(Args)]
 #[command(after_help = "\
 DST is created if it is missing; without offsets and length it becomes a copy of SRC. Offsets and length are multiples of
-4 KiB, but for a range that ends where SRC ends. Both files must lie on the same Pollux volume. Files in directories of
-different shards are copied, not shared: the output says how much is shared.
+4 KiB, but for a range that ends where SRC ends. Both files must lie on the same Pollux volume. The output says how much is
+shared.
 
 Example:
   pollux clone ./pollux-mnt/disk.img ./pollux-mnt/snapshot.img")]

@@ -1,7 +1,7 @@
 //! A batch: the tree changes of one transaction of one shard, gathered before any is applied.
 //!
 //! Owns: [`Batch`], which a *plan* reads and writes; [`Interrupt`], why a plan stopped; [`Changes`], what a plan that
-//! came to its end leaves behind.
+//! came to its end leaves behind; [`ItemList`], for plans that put hundreds of small items.
 //!
 //! A plan is a synchronous closure. It reads items through the batch, which looks at its own changes first and at
 //! the tree second, and it only ever changes the batch. When the tree would need a node that is not in memory, the
@@ -16,6 +16,7 @@
 //! Excludes: space, epochs, durability (the transaction's business).
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use reactor::WallTime;
 
@@ -56,11 +57,57 @@ pub(crate) struct BatchContext {
     pub(crate) hash_seed: [u8; 16],
 }
 
+/// Items to put, in key order, their values one behind the other.
+#[derive(Debug, Default)]
+pub(crate) struct ItemList {
+    items: Vec<(Key, Range<usize>)>,
+    bytes: Vec<u8>,
+}
+
+impl ItemList {
+    /// An empty list with room for so many items and bytes of values.
+    pub(crate) fn with_capacity(items: usize, bytes: usize) -> Self {
+        Self { items: Vec::with_capacity(items), bytes: Vec::with_capacity(bytes) }
+    }
+
+    /// Adds an item behind all others.
+    ///
+    /// # Panics
+    /// If its key is not the largest.
+    pub(crate) fn push(&mut self, key: Key, value: &[u8]) {
+        assert!(self.items.last().is_none_or(|(last, _)| *last < key), "items are listed in key order");
+        let start = self.bytes.len();
+        self.bytes.extend_from_slice(value);
+        self.items.push((key, start..self.bytes.len()));
+    }
+
+    /// The value that was listed last, to be changed.
+    pub(crate) fn last_mut(&mut self) -> &mut [u8] {
+        let place = self.items.last().map_or(0..0, |(_, place)| place.clone());
+        &mut self.bytes[place]
+    }
+
+    /// Bytes of all values.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Items listed.
+    pub(crate) fn len(&self) -> usize {
+        self.items.len()
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (&Key, Option<&[u8]>)> + Clone {
+        self.items.iter().map(|(key, place)| (key, Some(&self.bytes[place.clone()])))
+    }
+}
+
 /// Tree changes being gathered.
 pub(crate) struct Batch<'tree> {
     tree: &'tree Tree,
     context: BatchContext,
     changes: BTreeMap<Key, Option<Vec<u8>>>,
+    list: ItemList,
     committed: Vec<(BlockNr, BlockCount)>,
     freed: Vec<(BlockNr, BlockCount)>,
     returns: bool,
@@ -69,14 +116,32 @@ pub(crate) struct Batch<'tree> {
 /// The changes of a finished plan.
 #[derive(Debug, Default)]
 pub(crate) struct Changes {
-    /// Items to put (`Some`) or to delete (`None`), in key order.
-    pub(crate) items: BTreeMap<Key, Option<Vec<u8>>>,
+    items: BTreeMap<Key, Option<Vec<u8>>>,
+    list: ItemList,
     /// Data blocks that were allocated and are referenced from now on.
     pub(crate) committed: Vec<(BlockNr, BlockCount)>,
     /// Data blocks that nothing references any more.
     pub(crate) freed: Vec<(BlockNr, BlockCount)>,
     /// Whether borrowed blocks are to be given back.
     pub(crate) returns: bool,
+}
+
+impl Changes {
+    /// Whether there are none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.items.is_empty() && self.list.items.is_empty()
+    }
+
+    /// Items to put (`Some`) or to delete (`None`): the few, then the many, each in key order.
+    pub(crate) fn items(&self) -> impl Iterator<Item = (&Key, Option<&[u8]>)> + Clone {
+        let few = self.items.iter().map(|(key, value)| (key, value.as_deref()));
+        few.chain(self.list.iter())
+    }
+
+    /// Keys of the items.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &Key> {
+        self.items().map(|(key, _)| key)
+    }
 }
 
 impl<'tree> Batch<'tree> {
@@ -86,6 +151,7 @@ impl<'tree> Batch<'tree> {
             tree,
             context,
             changes: BTreeMap::new(),
+            list: ItemList::default(),
             committed: Vec::new(),
             freed: Vec::new(),
             returns: false,
@@ -182,13 +248,35 @@ impl<'tree> Batch<'tree> {
         self.returns = true;
     }
 
-    /// Items put or deleted so far.
+    /// The tree as it is, without what this plan has gathered.
+    pub(crate) fn stored(&self) -> &'tree Tree {
+        self.tree
+    }
+
+    /// Puts many items at once, which nothing in this plan reads any more and which it did not change before.
+    ///
+    /// # Panics
+    /// If there is such a list already, or if it would say the same item twice.
+    pub(crate) fn put_list(&mut self, list: ItemList) {
+        assert!(self.list.items.is_empty(), "a plan has one list");
+        let twice = |key: &Key| list.items.binary_search_by_key(key, |(listed, _)| *listed).is_ok();
+        assert!(!self.changes.keys().any(twice), "an item is changed once");
+        self.list = list;
+    }
+
+    /// Items put or deleted so far, those of a list not counted.
     pub(crate) fn changed(&self) -> u32 {
         u32::try_from(self.changes.len()).unwrap_or(u32::MAX)
     }
 
     /// Ends the plan.
     pub(crate) fn finish(self) -> Changes {
-        Changes { items: self.changes, committed: self.committed, freed: self.freed, returns: self.returns }
+        Changes {
+            items: self.changes,
+            list: self.list,
+            committed: self.committed,
+            freed: self.freed,
+            returns: self.returns,
+        }
     }
 }

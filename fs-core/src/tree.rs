@@ -27,9 +27,11 @@
 //! Excludes: reading and writing of images, allocation, the meaning of items, ordering against the intent log.
 
 mod change;
+mod cursor;
 mod evict;
 mod freeze;
 mod leaf;
+mod merge;
 mod node;
 mod relocate;
 #[cfg(test)]
@@ -47,6 +49,7 @@ pub use crate::format::node::{
     NODE_SIZE, NodeError, NodeImage, TreeIdentity,
 };
 pub use change::{Inserted, max_nodes_per_change};
+pub use cursor::Cursor;
 pub use evict::{EVICT_VISITS, Eviction};
 pub use freeze::{DirtyNode, DirtyNodes, FrozenTree};
 pub use walk::Walk;
@@ -250,6 +253,11 @@ impl Tree {
         let (node, _) = self.descend(key)?;
         let leaf = leaf_of(&node);
         Ok(leaf.search(key).ok().map(|index| read(leaf.value(index))))
+    }
+
+    /// For looking up many keys in order.
+    pub fn cursor(&self) -> Cursor<'_> {
+        Cursor::new(self)
     }
 
     /// The first item at or after `from`.

@@ -17,7 +17,7 @@
 //!
 //! A clone that one transaction can hold is one transaction. A longer one goes slice by slice under an
 //! [`Intent::Clone`]: a slice moves what the target had to an object of its own and puts the shared extents in its
-//! place. The last one sets the size; from then on the clone stands, and what was set aside is dropped under an
+//! place; where the target has nothing, hundreds of extents at once ([`share_many`]). The last one sets the size; from then on the clone stands, and what was set aside is dropped under an
 //! [`Intent::DropReplaced`].
 //!
 //! # Legal crash outcomes
@@ -45,7 +45,8 @@ use crate::types::{BLOCK_SIZE, InodeNr};
 
 use super::apply::{MmapLock, load_regular};
 use super::extent_map::{
-    ItemBudget, SET_ASIDE_ITEMS, SHARE_ITEMS, data_segments, drop_range, next_extent, set_aside, share,
+    ItemBudget, Limits, SET_ASIDE_ITEMS, SHARE_ITEMS, data_segments, drop_range, next_extent, set_aside,
+    share, share_many,
 };
 use super::file::pages_of;
 use super::page::PAGE_SIZE;
@@ -324,8 +325,7 @@ impl Shard {
         self.drop_set_aside(job.target).await?;
         let mut progress = Progress { shared: job.range.start, cleared: job.range.start, extents: 0 };
         while progress.shared < job.range.end {
-            let credit = Credit::normal(SLICE_ITEMS + HEAD_ITEMS);
-            match self.transact(credit, |batch| plan_slice(batch, job, progress)).await {
+            match self.share_slice(job, progress).await {
                 Ok(reached) => progress = reached,
                 Err(error) => {
                     self.undo_after_failure(job, progress, &error).await;
@@ -336,6 +336,19 @@ impl Shard {
             self.ctx.yield_now().await;
         }
         self.end_slices(target, job, progress).await
+    }
+
+    /// The next slice: many extents where the target has nothing, else a few.
+    async fn share_slice(&self, job: &Job, progress: Progress) -> Result<Progress, FsError> {
+        if progress.shared < progress.cleared {
+            let many = |batch: &mut Batch<'_>| plan_many(batch, job, progress);
+            let reached = self.transact_list(Priority::Normal, many).await?;
+            if reached != progress {
+                return Ok(reached);
+            }
+        }
+        let credit = Credit::normal(SLICE_ITEMS + HEAD_ITEMS);
+        self.transact(credit, |batch| plan_slice(batch, job, progress)).await
     }
 
     /// Commits a long clone whose slices are all there.
@@ -493,6 +506,21 @@ fn plan_slice(batch: &mut Batch<'_>, job: &Job, before: Progress) -> Plan<Progre
     }
     put_intent(batch, job.target, Intent::Clone { start: job.range.start, end: now.cleared });
     store(batch, job.target, &record);
+    Ok(now)
+}
+
+/// A slice where the target has nothing, and of extents that are shared whole; nothing is done if there are none.
+fn plan_many(batch: &mut Batch<'_>, job: &Job, before: Progress) -> Plan<Progress> {
+    let source = job.source_range(&(before.shared..before.cleared));
+    let shared = share_many(batch, job.source, &source, (job.target, before.shared), Limits::SLICE)?;
+    let mut now = before;
+    now.shared += shared.up_to - source.start;
+    if shared.extents > 0 {
+        let mut record = load_regular(batch, job.target)?;
+        record.blocks += shared.blocks;
+        now.extents += shared.extents;
+        store(batch, job.target, &record);
+    }
     Ok(now)
 }
 

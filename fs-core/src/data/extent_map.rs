@@ -11,11 +11,11 @@
 
 use std::ops::Range;
 
-use crate::batch::{Batch, Interrupt, Plan};
+use crate::batch::{Batch, Plan};
 use crate::error::FsError;
 use crate::format::extent::{
-    Backref, EXTENT, Extent, ExtentKind, MAX_RUN_BLOCKS, Return, Run, backref_key, check_extent_offset,
-    extent_key, return_key, run_key,
+    Backref, EXTENT, Extent, ExtentKind, MAX_RUN_BLOCKS, Return, Run, RunHead, backref_key,
+    check_extent_offset, extent_key, return_key, run_key,
 };
 use crate::tree::Key;
 use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, Generation, InodeNr};
@@ -379,18 +379,24 @@ impl<'a, 'tree> Runs<'a, 'tree> {
             return Err(damaged("extent without a run", start, self.inode).into());
         };
         let run = Run::decode(&value).map_err(|error| error.of("run", Some(start), Some(self.inode)))?;
-        if run.generation != extent.generation {
-            return Err(damaged("extent and run are of different generations", start, self.inode).into());
-        }
-        if run.kind() != extent.kind {
-            return Err(damaged("extent and run are of different kinds", start, self.inode).into());
-        }
-        if at + run.blocks.get() > extent.blocks.get() {
-            return Err(damaged("extent ends within a run", start, self.inode).into());
-        }
+        check_run(&run.head(), start, extent, at, self.inode)?;
         self.position = at + run.blocks.get();
         Ok((at, start, run))
     }
+}
+
+/// Checks that a run, at `start`, is what an extent of `inode` has from its block `at` on.
+fn check_run(run: &RunHead, start: BlockNr, extent: &Extent, at: u64, inode: InodeNr) -> Result<(), FsError> {
+    let wrong = if run.generation != extent.generation {
+        "extent and run are of different generations"
+    } else if run.kind != extent.kind {
+        "extent and run are of different kinds"
+    } else if at + run.blocks.get() > extent.blocks.get() {
+        "extent ends within a run"
+    } else {
+        return Ok(());
+    };
+    Err(damaged(wrong, start, inode))
 }
 
 /// The extent in `item`, if it is one of `inode`.
@@ -399,11 +405,15 @@ fn of_inode(inode: InodeNr, item: Option<(Key, Vec<u8>)>) -> Plan<Option<Mapped>
     if key.object != inode.get() || key.kind != EXTENT {
         return Ok(None);
     }
-    let decoded = Extent::decode(&value).and_then(|extent| {
-        check_extent_offset(key.offset, extent.blocks)?;
-        Ok(Mapped { offset: key.offset, extent })
+    Ok(Some(decode_mapped(inode, key.offset, &value)?))
+}
+
+fn decode_mapped(inode: InodeNr, offset: u64, value: &[u8]) -> Result<Mapped, FsError> {
+    let decoded = Extent::decode(value).and_then(|extent| {
+        check_extent_offset(offset, extent.blocks)?;
+        Ok(Mapped { offset, extent })
     });
-    decoded.map(Some).map_err(|error| Interrupt::from(error.of("extent", None, Some(inode))))
+    decoded.map_err(|error| error.of("extent", None, Some(inode)))
 }
 
 fn block_at(start: BlockNr, blocks: u64) -> BlockNr {
@@ -414,10 +424,12 @@ fn damaged(what: &str, block: BlockNr, inode: InodeNr) -> FsError {
     FsError::Damaged { what: what.to_owned(), block: Some(block), inode: Some(inode) }
 }
 
+mod bulk;
 pub(crate) mod lend;
 pub(crate) mod relocate;
 mod share;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use bulk::{Limits, share_many};
 pub(crate) use share::{SET_ASIDE_ITEMS, SHARE_ITEMS, set_aside, share};

@@ -202,19 +202,23 @@ impl Extent {
     }
 
     /// The extent as it is stored.
-    pub(crate) fn encode(&self) -> Vec<u8> {
+    pub(crate) fn raw(&self) -> RawExtent {
         let kind = match self.kind {
             ExtentKind::Data => 1,
             ExtentKind::Preallocated => 2,
         };
-        let raw = RawExtent {
+        RawExtent {
             start: self.start.get().into(),
             generation: self.generation.get().into(),
             blocks: stored_blocks(self.blocks),
             kind,
             reserved: [0; 3],
-        };
-        raw.as_bytes().to_vec()
+        }
+    }
+
+    /// Its bytes.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        self.raw().as_bytes().to_vec()
     }
 }
 
@@ -233,13 +237,32 @@ pub(crate) struct Run {
     pub(crate) checksums: Vec<u32>,
 }
 
-impl Run {
+/// A run but for its checksums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RunHead {
+    /// As of [`Run`].
+    pub(crate) blocks: BlockCount,
+    /// As of [`Run`].
+    pub(crate) lender: Option<ShardId>,
+    /// As of [`Run`].
+    pub(crate) references: u32,
+    /// As of [`Run`].
+    pub(crate) generation: Generation,
+    /// What the blocks hold.
+    pub(crate) kind: ExtentKind,
+}
+
+impl RunHead {
     /// Checks a stored run.
     ///
     /// # Errors
     /// What is wrong with it.
     pub(crate) fn decode(value: &[u8]) -> Result<Self, ExtentError> {
-        let (raw, rest) = RawRun::read_from_prefix(value).map_err(|_| ExtentError::Length)?;
+        Self::with_checksums(value).map(|(head, _)| head)
+    }
+
+    fn with_checksums(value: &[u8]) -> Result<(Self, &[U32]), ExtentError> {
+        let (raw, rest) = RawRun::ref_from_prefix(value).map_err(|_| ExtentError::Length)?;
         let blocks = checked_blocks(raw.blocks.get().into())?;
         let lender = match raw.lender.get() {
             0 => None,
@@ -258,13 +281,22 @@ impl Run {
         if lender.is_some() && checksums.is_empty() {
             return Err(ExtentError::Lender); // preallocated blocks are never lent
         }
-        Ok(Self {
-            blocks,
-            lender,
-            references: raw.references.get(),
-            generation: Generation::new(raw.generation.get()),
-            checksums: checksums.iter().map(|checksum| checksum.get()).collect(),
-        })
+        let kind = if checksums.is_empty() { ExtentKind::Preallocated } else { ExtentKind::Data };
+        let (references, generation) = (raw.references.get(), Generation::new(raw.generation.get()));
+        Ok((Self { blocks, lender, references, generation, kind }, checksums))
+    }
+}
+
+impl Run {
+    /// Checks a stored run.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(crate) fn decode(value: &[u8]) -> Result<Self, ExtentError> {
+        let (head, checksums) = RunHead::with_checksums(value)?;
+        let RunHead { blocks, lender, references, generation, kind: _ } = head;
+        let checksums = checksums.iter().map(|checksum| checksum.get()).collect();
+        Ok(Self { blocks, lender, references, generation, checksums })
     }
 
     /// The run as it is stored.
@@ -287,6 +319,12 @@ impl Run {
             value.extend_from_slice(&checksum.to_le_bytes());
         }
         value
+    }
+
+    /// The run but for its checksums.
+    pub(crate) fn head(&self) -> RunHead {
+        let Self { blocks, lender, references, generation, .. } = *self;
+        RunHead { blocks, lender, references, generation, kind: self.kind() }
     }
 
     /// What the blocks hold.
@@ -326,8 +364,13 @@ impl Backref {
     }
 
     /// The back-reference as it is stored.
+    pub(crate) fn raw(&self) -> RawBackref {
+        RawBackref { blocks: stored_blocks(self.blocks), reserved: [0; 4] }
+    }
+
+    /// Its bytes.
     pub(crate) fn encode(&self) -> Vec<u8> {
-        RawBackref { blocks: stored_blocks(self.blocks), reserved: [0; 4] }.as_bytes().to_vec()
+        self.raw().as_bytes().to_vec()
     }
 }
 

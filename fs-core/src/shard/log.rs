@@ -55,9 +55,7 @@ impl ShardLog {
             return;
         }
         let records = &mut open.records;
-        for (key, value) in &changes.items {
-            records.item(key, value.as_deref());
-        }
+        changes.items().for_each(|(key, value)| records.item(key, value));
         changes.committed.iter().for_each(|(start, count)| records.used(*start, *count));
         changes.freed.iter().for_each(|(start, count)| records.freed(*start, *count));
         if records.len() > limit {

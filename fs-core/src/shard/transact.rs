@@ -33,6 +33,9 @@ const DELETION_WAIT: Duration = Duration::from_secs(10);
 /// Items of a transaction at most. Fewer than half of what an inner node holds, so that no node is split twice by one.
 const MAX_ITEMS: u32 = 128;
 
+/// Changes made one by one that cost about as much as a list of ordinary length.
+const LIST_ITEMS: u32 = 32;
+
 /// Nodes at the root that a transaction may copy and make; see [`Shard::nodes_for`].
 const NODES_AT_ROOT: u64 = 3 + 4;
 
@@ -155,6 +158,42 @@ impl Shard {
         }
     }
 
+    /// As [`transact`](Self::transact), for a plan that puts a list of items: what it costs is known only when it has run.
+    pub(crate) async fn transact_list<T>(
+        &self,
+        priority: Priority,
+        mut plan: impl FnMut(&mut Batch<'_>) -> Plan<T>,
+    ) -> Result<T, FsError> {
+        let mut loader = Loader::new(self);
+        let mut reservation = self.reserve(0, self.nodes_for(LIST_ITEMS), priority).await?;
+        loop {
+            self.volume.check_writable()?;
+            let epoch = self.enter_epoch().await;
+            match self.gather(&mut plan) {
+                Ok((value, changes, nodes)) if nodes <= reservation.nodes() => {
+                    self.apply(epoch, &mut reservation, changes);
+                    return Ok(value);
+                }
+                Ok((_, _, nodes)) => {
+                    let more = nodes - reservation.nodes();
+                    reservation.merge(self.reserve(0, more, priority).await?);
+                }
+                Err(Interrupt::Failed(error)) => return Err(error),
+                Err(Interrupt::Missing(missing)) => loader.load(missing).await?,
+            }
+        }
+    }
+
+    /// What `plan` yields and changes, and the nodes that this takes at most. All of them are in memory.
+    fn gather<T>(&self, plan: &mut impl FnMut(&mut Batch<'_>) -> Plan<T>) -> Plan<(T, Changes, u64)> {
+        let tree = self.tree.borrow();
+        let mut batch = Batch::new(&tree, self.batch_context());
+        let value = plan(&mut batch)?;
+        let changes = batch.finish();
+        let nodes = tree.nodes_needed(changes.items())?;
+        Ok((value, changes, nodes))
+    }
+
     /// Runs `plan` without committing anything.
     pub(crate) async fn view<T>(&self, mut plan: impl FnMut(&Batch<'_>) -> Plan<T>) -> Result<T, FsError> {
         let mut loader = Loader::new(self);
@@ -184,7 +223,7 @@ impl Shard {
                 let tree = self.tree.borrow();
                 let mut batch = Batch::new(&tree, self.batch_context());
                 plan(&mut batch).and_then(|value| {
-                    tree.touch_all(batch.finish().items.keys())?;
+                    tree.touch_all(batch.finish().keys())?;
                     Ok(value)
                 })
             };
@@ -209,7 +248,7 @@ impl Shard {
             let mut batch = Batch::new(&tree, self.batch_context());
             let value = plan(&mut batch)?;
             let changes = batch.finish();
-            tree.touch_all(changes.items.keys())?;
+            tree.touch_all(changes.keys())?;
             (value, changes)
         };
         self.apply(epoch, reservation, changes);
@@ -217,13 +256,12 @@ impl Shard {
     }
 
     fn apply(&self, epoch: Epoch, reservation: &mut Reservation, changes: Changes) {
-        if changes.items.is_empty() {
+        if changes.is_empty() {
             return;
         }
         let mut space = TransactionSpace { shard: self, reservation };
         self.log.note(&changes, self.volume.log_limit());
-        let items = changes.items.iter().map(|(key, value)| (key, value.as_deref()));
-        let applied = self.tree.borrow_mut().apply(items, epoch, &mut space);
+        let applied = self.tree.borrow_mut().apply(changes.items(), epoch, &mut space);
         applied.expect("every key was touched just before");
         for (start, count) in changes.committed {
             self.alloc.borrow_mut().commit_data(start, count);

@@ -1,7 +1,7 @@
 //! Insertion and removal.
 //!
 //! Owns: the recursion that copies a path, the split of full nodes on the way back up, the joining of small ones and
-//! the removal of empty ones.
+//! the removal of empty ones; batches of changes, leaf by leaf.
 //!
 //! A change first descends without changing anything, which finds what is missing and records the way; the recursion
 //! follows that record, so it never searches and never misses. Neighbours are joined only if they are in memory.
@@ -11,12 +11,12 @@
 //!
 //! Excludes: search, freezing, eviction.
 
-use std::iter::Peekable;
 use std::rc::Rc;
 
 use super::leaf::{Leaf, Side};
+use super::merge::{ItemChange, bytes_put, max_leaves};
 use super::node::{Body, Child, Cohort, Gauge, Inner, Node, NodeState};
-use super::{Missing, NodeSpace, Tree, leaf_of};
+use super::{Missing, NodeSpace, Path, Tree, leaf_of};
 use crate::format::node::{INNER_CAPACITY, Key, KeyBounds, LEAF_CAPACITY, MAX_LEVEL, MAX_VALUE};
 use crate::types::Epoch;
 
@@ -35,6 +35,9 @@ const _: () = assert!(MAX_LEVEL as usize + 1 < u8::MAX as usize && INNER_CAPACIT
 pub const fn max_nodes_per_change(height: u8) -> u64 {
     2 * height as u64 + 1
 }
+
+/// Nodes at the root that a transaction may copy and make: the root itself, its half, and a root above them.
+const NODES_AT_ROOT: u64 = 3;
 
 /// What an insertion met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +59,7 @@ pub(super) struct Change<'a> {
     restructured: bool,
 }
 
-/// The right half of a node that was split.
+/// What a node that was split gives to its parent, to stand right of it.
 struct Split {
     separator: Key,
     right: Rc<Node>,
@@ -94,10 +97,8 @@ impl Tree {
             _ => self.descend(&key)?.1,
         };
         let (root, mut change) = self.begin(epoch, space);
-        let (inserted, split) = insert_into(root, path.steps(), &key, value, &mut change);
-        if let Some(split) = split {
-            grow(root, split, &mut change);
-        }
+        let (inserted, splits) = insert_into(root, path.steps(), &key, value, &mut change);
+        grow(root, splits, &mut change);
         let level = root.level();
         // A leaf that was split holds other keys now, and those above it may have been split too.
         let hint = if change.restructured { None } else { Some(path) };
@@ -122,16 +123,54 @@ impl Tree {
     ) -> Result<(), Missing> {
         self.touch_all(changes.clone().map(|(key, _)| key))?;
         let mut changes = changes.peekable();
-        while let Some((key, value)) = changes.peek().copied() {
-            let missed = match value {
-                Some(value) => self.insert(*key, value, epoch, space).err(),
-                None => self.remove(key, epoch, space).err(),
-            };
-            assert_eq!(missed, None, "changes take nothing out of memory");
-            changes.next();
-            self.apply_to_same_leaf(&mut changes, epoch, space);
+        let mut group = Vec::new();
+        while let Some((key, _)) = changes.peek() {
+            let (node, path) =
+                self.descend(key).expect("it was touched, and changes take nothing out of memory");
+            group.clear();
+            while let Some(change) = changes.next_if(|(key, _)| path.bounds.contains(key)) {
+                group.push(change);
+            }
+            let leaf = leaf_of(&node);
+            let merged =
+                if leaf.is_worth_merging(group.len()) { leaf.merge(&group, SMALL_LEAF) } else { None };
+            drop(node);
+            match merged {
+                Some(leaves) => self.replace_leaf(path, leaves, epoch, space),
+                None => self.apply_one_by_one(&group, epoch, space),
+            }
         }
         Ok(())
+    }
+
+    /// Nodes that [`apply`](Self::apply) allocates for these changes at most. Afterwards they miss nothing.
+    ///
+    /// # Errors
+    /// The node that is needed first.
+    pub fn nodes_needed<'change>(
+        &self,
+        changes: impl Iterator<Item = (&'change Key, Option<&'change [u8]>)>,
+    ) -> Result<u64, Missing> {
+        let levels = u64::from(self.height().max(2)) - 1;
+        let mut changes = changes.peekable();
+        let mut nodes = NODES_AT_ROOT;
+        while let Some((key, _)) = changes.peek() {
+            let (node, path) = self.descend(key)?;
+            let (mut count, mut bytes, mut removes) = (0, 0, false);
+            while let Some(change) = changes.next_if(|(key, _)| path.bounds.contains(key)) {
+                count += 1;
+                bytes += bytes_put(&change);
+                removes |= change.1.is_none();
+            }
+            // A removal may leave so little that its leaf is not merged after all.
+            nodes += levels
+                * if !removes && leaf_of(&node).is_worth_merging(count) {
+                    1 + max_leaves(bytes) as u64
+                } else {
+                    2 * count as u64
+                };
+        }
+        Ok(nodes)
     }
 
     /// [`Tree::touch`] of several keys, cheapest in key order.
@@ -148,25 +187,49 @@ impl Tree {
         Ok(())
     }
 
+    /// Puts `leaves` in the place of the leaf at the end of `path`.
+    fn replace_leaf(&mut self, path: Path, leaves: Vec<Leaf>, epoch: Epoch, space: &mut dyn NodeSpace) {
+        let hint = if leaves.len() == 1 { Some(path) } else { None };
+        let (root, mut change) = self.begin(epoch, space);
+        let splits = replace_below(root, path.steps(), leaves, &mut change);
+        grow(root, splits, &mut change);
+        let level = root.level();
+        self.root_level = level;
+        self.hint.set(hint);
+    }
+
+    /// Makes changes whose keys are of one leaf at first.
+    fn apply_one_by_one(&mut self, mut changes: &[ItemChange<'_>], epoch: Epoch, space: &mut dyn NodeSpace) {
+        while let Some(((key, value), rest)) = changes.split_first() {
+            let missed = match value {
+                Some(value) => self.insert(**key, value, epoch, space).err(),
+                None => self.remove(key, epoch, space).err(),
+            };
+            assert_eq!(missed, None, "changes take nothing out of memory");
+            changes = self.apply_to_same_leaf(rest, epoch, space);
+        }
+    }
+
     /// Makes the next changes that concern the leaf of the last insertion, and that neither split it nor leave it small.
-    fn apply_to_same_leaf<'change>(
+    /// Returns those that remain.
+    fn apply_to_same_leaf<'a, 'change>(
         &mut self,
-        changes: &mut Peekable<impl Iterator<Item = (&'change Key, Option<&'change [u8]>)>>,
+        changes: &'a [ItemChange<'change>],
         epoch: Epoch,
         space: &mut dyn NodeSpace,
-    ) {
-        let Some(path) = self.hint.get() else { return };
-        if !changes.peek().is_some_and(|(key, _)| path.bounds.contains(key)) {
-            return;
+    ) -> &'a [ItemChange<'change>] {
+        let Some(path) = self.hint.get() else { return changes };
+        if !changes.first().is_some_and(|(key, _)| path.bounds.contains(key)) {
+            return changes;
         }
         let (root, mut change) = self.begin(epoch, space);
         let leaf = own_leaf(root, path.steps(), &mut change);
         let mut near = 0;
-        let in_place = |(key, value): &(&Key, Option<&[u8]>)| {
+        let in_place = |(key, value): &&ItemChange<'_>| {
             path.bounds.contains(key) && leaf.change_in_place(key, *value, SMALL_LEAF, &mut near)
         };
-        let mut in_place = in_place;
-        while changes.next_if(&mut in_place).is_some() {}
+        let made = changes.iter().take_while(in_place).count();
+        &changes[made..]
     }
 
     /// Removes the item of `key`; false if there was none, and then nothing was changed.
@@ -268,19 +331,64 @@ fn insert_into(
     key: &Key,
     value: &[u8],
     change: &mut Change<'_>,
-) -> (Inserted, Option<Split>) {
+) -> (Inserted, Vec<Split>) {
     let inner = match &mut own(slot, change).body {
         Body::Leaf(leaf) => return insert_into_leaf(leaf, key, value, change),
         Body::Inner(inner) => inner,
     };
     let (index, steps) = next_step(steps);
     let child = inner.child_mut(index).node_mut().expect("the path is in memory");
-    let (inserted, split) = insert_into(child, steps, key, value, change);
-    let split = split.and_then(|Split { separator, right }| {
-        inner.insert(index + 1, separator, Child::resident(right));
-        split_inner(inner, index + 1, change)
-    });
-    (inserted, split)
+    let (inserted, splits) = insert_into(child, steps, key, value, change);
+    (inserted, take_in(inner, index, splits, change))
+}
+
+/// Puts `leaves` in the place of the leaf at the end of `steps`.
+fn replace_below(
+    slot: &mut Rc<Node>,
+    steps: &[u16],
+    leaves: Vec<Leaf>,
+    change: &mut Change<'_>,
+) -> Vec<Split> {
+    if !steps.is_empty() {
+        let Body::Inner(inner) = &mut own(slot, change).body else { unreachable!("a leaf ends every path") };
+        let (index, steps) = next_step(steps);
+        let child = inner.child_mut(index).node_mut().expect("the path is in memory");
+        let splits = replace_below(child, steps, leaves, change);
+        return take_in(inner, index, splits, change);
+    }
+    let mut leaves = leaves.into_iter();
+    let first = leaves.next().expect("a merge yields a leaf");
+    let mut separator = behind(&first);
+    renew(slot, Body::Leaf(first), change);
+    let mut splits = Vec::new();
+    for leaf in leaves {
+        let next = behind(&leaf);
+        splits.push(Split { separator, right: new_node(Body::Leaf(leaf), change) });
+        separator = next;
+    }
+    splits
+}
+
+/// The smallest key that a leaf right of this one may hold.
+///
+/// Not the first key that one has: of keys that fall into the gap, descending ones too, none may ever cut a leaf of its
+/// own off a full one.
+fn behind(left: &Leaf) -> Key {
+    let last = left.len().checked_sub(1).map(|last| left.key(last));
+    last.and_then(|key| key.successor()).unwrap_or(Key::MAX)
+}
+
+/// Gives the node of `slot` another body: as if it had been made free for change and rewritten, but without a copy.
+fn renew(slot: &mut Rc<Node>, body: Body, change: &mut Change<'_>) {
+    let address = if slot.cohort == change.cohort {
+        assert_eq!(slot.state.get(), NodeState::Dirty, "nodes are sealed only after a freeze");
+        slot.address
+    } else {
+        let address = change.space.allocate_node();
+        change.space.free_node(slot.address);
+        address
+    };
+    *slot = Rc::new(Node::new(address, change.epoch, change.cohort, body, change.gauge));
 }
 
 /// The leaf at the end of a path, made free for change with everything above it.
@@ -304,13 +412,13 @@ fn insert_into_leaf(
     key: &Key,
     value: &[u8],
     change: &mut Change<'_>,
-) -> (Inserted, Option<Split>) {
+) -> (Inserted, Vec<Split>) {
     let (index, inserted) = match leaf.search_from_end(key) {
-        Ok(index) if leaf.replace(index, value) => return (Inserted::Replaced, None),
+        Ok(index) if leaf.replace(index, value) => return (Inserted::Replaced, Vec::new()),
         Ok(index) => (index, Inserted::Replaced),
         Err(index) if leaf.has_room(value.len()) => {
             leaf.insert(index, key, value);
-            return (Inserted::New, None);
+            return (Inserted::New, Vec::new());
         }
         Err(index) => (index, Inserted::New),
     };
@@ -320,32 +428,52 @@ fn insert_into_leaf(
         Side::Left => leaf.insert(index, key, value),
         Side::Right => right.insert(index - leaf.len(), key, value),
     }
-    // Not the first key of the right half: of keys that fall into the gap, descending ones too, none may ever cut a
-    // leaf of its own off a full left half.
-    let separator = leaf.key(leaf.len() - 1).successor().expect("there is a larger key, in the right half");
-    (inserted, Some(Split { separator, right: new_node(Body::Leaf(right), change) }))
+    let split = Split { separator: behind(leaf), right: new_node(Body::Leaf(right), change) };
+    (inserted, vec![split])
 }
 
-/// Splits a node that has got a child at `inserted` if it has too many.
-fn split_inner(inner: &mut Inner, inserted: usize, change: &mut Change<'_>) -> Option<Split> {
-    let count = inner.len();
-    if count <= change.fanout {
-        return None;
+/// Takes in what was split off child `index`, and splits the node if it has too many children then.
+fn take_in(inner: &mut Inner, index: usize, splits: Vec<Split>, change: &mut Change<'_>) -> Vec<Split> {
+    let mut last = index;
+    for Split { separator, right } in splits {
+        last += 1;
+        inner.insert(last, separator, Child::resident(right));
     }
     // As with leaves: ascending insertion leaves full nodes behind.
-    let at = if inserted == count - 1 { inserted } else { count / 2 };
-    let (separator, right) = inner.split_off(at);
-    Some(Split { separator, right: new_node(Body::Inner(right), change) })
+    let ascending = last + 1 == inner.len();
+    split_inner(inner, ascending, change)
 }
 
-/// Puts a new root above the halves of the old one.
-fn grow(root: &mut Rc<Node>, split: Split, change: &mut Change<'_>) {
-    let level = root.level() + 1;
-    assert!(level <= MAX_LEVEL, "a tree cannot grow this high");
-    let mut inner = Inner::new(level);
-    inner.push(Key::MIN, Child::resident(Rc::clone(root)));
-    inner.push(split.separator, Child::resident(split.right));
-    *root = new_node(Body::Inner(inner), change);
+/// Splits a node with too many children.
+fn split_inner(inner: &mut Inner, ascending: bool, change: &mut Change<'_>) -> Vec<Split> {
+    let count = inner.len();
+    if count <= change.fanout {
+        return Vec::new();
+    }
+    let pieces = count.div_ceil(change.fanout);
+    let mut splits = Vec::with_capacity(pieces - 1);
+    for piece in (1..pieces).rev() {
+        let at = if ascending { piece * change.fanout } else { piece * count / pieces };
+        let (separator, right) = inner.split_off(at);
+        splits.push(Split { separator, right: new_node(Body::Inner(right), change) });
+    }
+    splits.reverse();
+    splits
+}
+
+/// Puts a new root above the old one and what was split off it, if anything was.
+fn grow(root: &mut Rc<Node>, mut splits: Vec<Split>, change: &mut Change<'_>) {
+    while !splits.is_empty() {
+        let level = root.level() + 1;
+        assert!(level <= MAX_LEVEL, "a tree cannot grow this high");
+        let mut inner = Inner::new(level);
+        inner.push(Key::MIN, Child::resident(Rc::clone(root)));
+        for Split { separator, right } in splits {
+            inner.push(separator, Child::resident(right));
+        }
+        splits = split_inner(&mut inner, true, change);
+        *root = new_node(Body::Inner(inner), change);
+    }
 }
 
 fn remove_from(slot: &mut Rc<Node>, steps: &[u16], item: usize, change: &mut Change<'_>) -> Remains {

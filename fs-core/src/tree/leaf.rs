@@ -11,11 +11,16 @@
 //!
 //! Excludes: addresses, epochs, neighbours.
 
+use std::cmp::Ordering;
+
 use zerocopy::IntoBytes;
 
 use crate::format::node::{
     HEADER_SIZE, Key, LEAF_CAPACITY, MAX_VALUE, NODE_SIZE, NodeImage, RawSlot, SLOT_SIZE, slots, zeroed_image,
 };
+
+/// Slots that a search looks at one by one before it halves.
+const NEAR: usize = 8;
 
 /// Items of a leaf.
 #[derive(Clone)]
@@ -139,20 +144,21 @@ impl Leaf {
     }
 
     /// As [`search`](Self::search); fastest for a key that lies at `near` or a little behind.
-    fn search_near(&self, key: &Key, near: usize) -> Result<usize, usize> {
+    #[inline]
+    pub(super) fn search_near(&self, key: &Key, near: usize) -> Result<usize, usize> {
         let slots = self.slots();
-        let (mut low, mut step) = (near.min(slots.len()), 1);
-        if low > 0 && slots[low - 1].key.get() >= *key {
+        if near > 0 && slots.get(near - 1).is_none_or(|slot| slot.key.get() >= *key) {
             return self.search(key);
         }
-        while let Some(slot) = slots.get(low + step - 1)
-            && slot.key.get() < *key
-        {
-            low += step;
-            step *= 2;
+        for (passed, slot) in slots[near..].iter().take(NEAR).enumerate() {
+            match slot.key.get().cmp(key) {
+                Ordering::Less => {}
+                Ordering::Equal => return Ok(near + passed),
+                Ordering::Greater => return Err(near + passed),
+            }
         }
-        let high = slots.len().min(low + step);
-        let found = slots[low..high].binary_search_by(|slot| slot.key.get().cmp(key));
+        let low = slots.len().min(near + NEAR);
+        let found = slots[low..].binary_search_by(|slot| slot.key.get().cmp(key));
         found.map(|index| low + index).map_err(|index| low + index)
     }
 
@@ -259,8 +265,8 @@ impl Leaf {
         }
     }
 
-    /// Adds an item behind all others; the page must be compact.
-    fn push(&mut self, key: &Key, value: &[u8]) {
+    /// Adds an item behind all others, for which there is room; the page must be compact.
+    pub(super) fn push(&mut self, key: &Key, value: &[u8]) {
         self.count += 1;
         self.place(self.count - 1, key, value);
     }

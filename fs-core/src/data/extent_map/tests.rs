@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 use reactor::WallTime;
 
+use super::share::Sharing;
 use super::*;
-use crate::batch::BatchContext;
+use crate::batch::{BatchContext, Interrupt};
 use crate::format::extent::{BACKREF, RUN, physical_block};
 use crate::format::node::TreeIdentity;
 use crate::tree::{NodeSpace, Tree};
@@ -65,10 +66,10 @@ impl Bench {
         let mut batch = Batch::new(&self.tree, context);
         let value = plan(&mut batch).unwrap();
         let changes = batch.finish();
-        for (key, value) in changes.items {
+        for (key, value) in changes.items() {
             match value {
-                Some(value) => drop(self.tree.insert(key, &value, Epoch::new(1), &mut self.space).unwrap()),
-                None => drop(self.tree.remove(&key, Epoch::new(1), &mut self.space).unwrap()),
+                Some(value) => drop(self.tree.insert(*key, value, Epoch::new(1), &mut self.space).unwrap()),
+                None => drop(self.tree.remove(key, Epoch::new(1), &mut self.space).unwrap()),
             }
         }
         for (start, count) in changes.committed {
@@ -148,17 +149,26 @@ impl Bench {
     }
 
     /// Lets a file share what the other has in a range, as a clone does, and checks after every step.
-    fn share(&mut self, file: usize, first: u64, blocks: u64, to: u64) {
+    /// Where `limits` are given, many extents at once where that is possible.
+    fn share(&mut self, file: usize, first: u64, blocks: u64, to: u64, limits: Option<Limits>) {
         let other = 1 - file;
         self.drop_blocks(other, to, blocks, 0);
         let (from, end) = (first * BLOCK_SIZE, (first + blocks) * BLOCK_SIZE);
         let mut at = from;
         while at < end {
             let offset = to * BLOCK_SIZE + (at - from);
-            let shared = self.commit(|batch| {
-                let shared = share(batch, FILES[file], &(at..end), FILES[other], offset)?;
-                assert!(batch.changed() <= SHARE_ITEMS, "{} items", batch.changed());
-                Ok(shared)
+            let many = limits.map(|limits| {
+                let target = (FILES[other], offset);
+                let many = self.commit(|batch| share_many(batch, FILES[file], &(at..end), target, limits));
+                Sharing { up_to: many.up_to, blocks: many.blocks }
+            });
+            let several = many.filter(|many| many.up_to > at);
+            let shared = several.unwrap_or_else(|| {
+                self.commit(|batch| {
+                    let shared = share(batch, FILES[file], &(at..end), FILES[other], offset)?;
+                    assert!(batch.changed() <= SHARE_ITEMS, "{} items", batch.changed());
+                    Ok(shared)
+                })
             });
             assert!(shared.up_to > at && shared.up_to <= end, "every step gets somewhere");
             let step = at / BLOCK_SIZE..shared.up_to / BLOCK_SIZE;
@@ -264,8 +274,17 @@ enum Step {
     Preallocate,
     Fill,
     Drop(u32),
-    Share(u64),
+    Share(u64, Option<Limits>),
     SetAside,
+}
+
+fn limits() -> impl Strategy<Value = Limits> {
+    let few = (1..8usize, 1..12usize, 1..300usize).prop_map(|(extents, items, bytes)| Limits {
+        extents,
+        items,
+        bytes,
+    });
+    prop_oneof![Just(Limits::SLICE), few]
 }
 
 fn step() -> impl Strategy<Value = (Step, usize, u64, u64)> {
@@ -274,7 +293,7 @@ fn step() -> impl Strategy<Value = (Step, usize, u64, u64)> {
         2 => Just(Step::Preallocate),
         2 => Just(Step::Fill),
         3 => (0..30u32).prop_map(Step::Drop),
-        4 => (0..FILE_BLOCKS - 24).prop_map(Step::Share),
+        4 => (0..FILE_BLOCKS - 24, prop::option::of(limits())).prop_map(|(to, limits)| Step::Share(to, limits)),
         2 => Just(Step::SetAside),
     ];
     (kind, 0..2usize, 0..FILE_BLOCKS - 24, 1..24u64)
@@ -292,7 +311,7 @@ proptest! {
                 Step::Preallocate => bench.insert(file, first, blocks, ExtentKind::Preallocated),
                 Step::Fill => bench.fill(file, first, blocks),
                 Step::Drop(budget) => bench.drop_blocks(file, first, blocks, budget),
-                Step::Share(to) => bench.share(file, first, blocks, to),
+                Step::Share(to, limits) => bench.share(file, first, blocks, to, limits),
                 Step::SetAside => bench.set_aside(file, first, blocks),
             }
             bench.check();

@@ -63,13 +63,14 @@ impl Bench {
             Interrupt::Failed(error) => error,
             Interrupt::Missing(_) => panic!("every node is in memory"),
         })?;
-        for (key, value) in batch.finish().items {
+        let changes = batch.finish();
+        for (key, value) in changes.items() {
             match value {
                 Some(value) => {
-                    self.tree.insert(key, &value, self.epoch, &mut self.space).unwrap();
+                    self.tree.insert(*key, value, self.epoch, &mut self.space).unwrap();
                 }
                 None => {
-                    self.tree.remove(&key, self.epoch, &mut self.space).unwrap();
+                    self.tree.remove(key, self.epoch, &mut self.space).unwrap();
                 }
             }
         }

@@ -9,6 +9,8 @@ enum Operation {
     RemoveNth(usize),
     RemoveRange(Key, Key),
     Apply(Vec<(Key, Option<Filling>)>),
+    /// Many neighbouring items at once: from a key on, one change for each of these.
+    ApplyMany(Key, Vec<Option<Filling>>),
     Look(Key, Key),
     Hold(usize),
     NextEpoch,
@@ -47,6 +49,16 @@ fn any_value() -> impl Strategy<Value = Filling> {
     (length, any::<u8>()).prop_map(|(length, seed)| Filling { length, seed })
 }
 
+/// Mostly small values, as where many items change; seldom a removal, often none.
+fn many_changes() -> impl Strategy<Value = Vec<Option<Filling>>> {
+    let value = prop_oneof![12 => 0..64usize, 1 => 0..=MAX_VALUE];
+    let filling = (value, any::<u8>()).prop_map(|(length, seed)| Filling { length, seed });
+    (0..3u32).prop_flat_map(move |removals| {
+        let change = prop_oneof![removals => Just(None), 10 => filling.clone().prop_map(Some)];
+        proptest::collection::vec(change, 8..160)
+    })
+}
+
 fn any_operation() -> impl Strategy<Value = Operation> {
     let change = (any_key(), proptest::option::of(any_value()));
     prop_oneof![
@@ -55,6 +67,7 @@ fn any_operation() -> impl Strategy<Value = Operation> {
         12 => any::<usize>().prop_map(Operation::RemoveNth),
         1 => (any_key(), any_key()).prop_map(|(from, to)| Operation::RemoveRange(from, to)),
         4 => proptest::collection::vec(change, 0..12).prop_map(Operation::Apply),
+        2 => (any_key(), many_changes()).prop_map(|(from, changes)| Operation::ApplyMany(from, changes)),
         6 => (any_key(), any_key()).prop_map(|(from, to)| Operation::Look(from, to)),
         2 => any::<usize>().prop_map(Operation::Hold),
         2 => Just(Operation::NextEpoch),
@@ -109,6 +122,13 @@ impl Run {
                 let changes = changes.into_iter().map(|(key, value)| (key, value.map(Filling::bytes)));
                 self.apply(changes.collect());
             }
+            Operation::ApplyMany(from, changes) => {
+                let changes = changes.into_iter().enumerate().map(|(at, value)| {
+                    let key = Key { offset: from.offset.wrapping_add(at as u64), ..from };
+                    (key, value.map(Filling::bytes))
+                });
+                self.apply(changes.collect());
+            }
             Operation::Look(from, to) => self.look(&from, &to),
             Operation::Hold(nth) => self.hold(nth),
             Operation::NextEpoch => self.bench.epoch = self.bench.epoch.next().unwrap(),
@@ -150,8 +170,17 @@ impl Run {
         self.bench.retry(|bench| {
             let before = bench.space.allocations;
             let changes = changes.iter().map(|(key, value)| (key, value.as_deref()));
+            let needed = bench.tree.nodes_needed(changes.clone());
             let outcome = bench.tree.apply(changes, bench.epoch, &mut bench.space);
-            assert!(outcome.is_ok() || bench.space.allocations == before, "a miss must change nothing");
+            assert_eq!(outcome.err(), needed.err(), "what was counted misses nothing");
+            let allocated = bench.space.allocations - before;
+            // The bound at the root is for nodes of the format's size.
+            if let Ok(needed) = needed
+                && bench.tree.fanout == INNER_CAPACITY
+            {
+                assert!(allocated <= needed, "{allocated} nodes, {needed} were counted");
+            }
+            assert!(outcome.is_ok() || allocated == 0, "a miss must change nothing");
             outcome
         });
         for (key, value) in changes {

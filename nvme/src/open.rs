@@ -145,7 +145,8 @@ pub fn emulator_config(spec: &EmulatedSpec, device: &DeviceSpec) -> ControllerCo
             Mode::Threaded(ThreadOptions { workers: WORKERS, ..ThreadOptions::default() })
         }
     };
-    config.latency = spec.latency.map(LatencyModel::uniform);
+    config.latency =
+        spec.latency.map(|latency| LatencyModel { iops_limit: spec.iops, ..LatencyModel::uniform(latency) });
     config.mdts = spec.mdts.unwrap_or(config.mdts);
     config.sgls = spec.sgls.unwrap_or(config.sgls);
     config.shadow_doorbells = spec.shadow.unwrap_or(config.shadow_doorbells);

@@ -1,7 +1,7 @@
 //! Device specs, the `--device` argument of every tool: [`DeviceSpec`] and its parser.
 //!
 //! ```text
-//! emu:PATH[,size=4GiB][,lba=512|4096][,mode=inline|threaded][,mdts=N][,latency=80us][,queues=N][,ns=ID]
+//! emu:PATH[,size=4GiB][,lba=512|4096][,mode=inline|threaded][,mdts=N][,latency=80us][,iops=400000][,queues=N][,ns=ID]
 //!         [,sgls=on|dword|off][,shadow=on|off][,cache=on|off][,mpsmin=4KiB..64KiB][,dstrd=N][,meta=BYTES][,nsID=SIZE]…
 //! emu:mem,size=1GiB[,…]
 //! pci:0000:01:00.0[,queues=N][,ns=ID]
@@ -35,6 +35,8 @@ use options::{Options, Size};
 pub const MAX_SIZE: u64 = i64::MAX as u64;
 /// Longest latency of an embedded controller that a spec can ask for.
 pub const MAX_LATENCY: Duration = Duration::from_secs(10);
+/// Highest rate of commands that a spec can limit an embedded controller to.
+pub const MAX_IOPS: u32 = 100_000_000;
 /// Queue pairs that a spec can ask for at most (NVMe 1.4 §5.21.1.7).
 pub const MAX_QUEUES: u16 = u16::MAX - 1;
 
@@ -79,6 +81,8 @@ pub struct EmulatedSpec {
     /// How long each I/O command takes, whole microseconds; as fast as it goes if `None`. Threads are needed for it, and used
     /// unless `mode` says otherwise.
     pub latency: Option<Duration>,
+    /// Most commands begun in a second, over all queues; only with a latency.
+    pub iops: Option<u32>,
     /// SGLs; the emulator's default if `None`, as for all that follows.
     pub sgls: Option<SglSupport>,
     /// Shadow doorbells.
@@ -197,6 +201,9 @@ pub enum SpecProblem {
     /// A latency without threads.
     #[error("`latency` needs `mode=threaded`: inline, commands complete in the call that submits them")]
     LatencyInline,
+    /// A rate without a latency.
+    #[error("`iops` needs `latency`, such as `latency=80us,iops=400000`")]
+    IopsAlone,
     /// A size that is no whole number of blocks.
     #[error("`{key}={size}` is not a multiple of the block size of {lba} bytes")]
     SizeNotOfBlocks {
@@ -299,6 +306,9 @@ fn emulated(target: &str, options: Options) -> Result<EmulatedSpec, SpecProblem>
     if options.latency.is_some() && options.mode == Some(EmulatedMode::Inline) {
         return Err(SpecProblem::LatencyInline);
     }
+    if options.iops.is_some() && options.latency.is_none() {
+        return Err(SpecProblem::IopsAlone);
+    }
     Ok(EmulatedSpec {
         backing,
         size: options.size,
@@ -306,6 +316,7 @@ fn emulated(target: &str, options: Options) -> Result<EmulatedSpec, SpecProblem>
         mode: options.mode,
         mdts: options.mdts,
         latency: options.latency,
+        iops: options.iops,
         sgls: options.sgls,
         shadow: options.shadow,
         cache: options.cache,
@@ -356,6 +367,9 @@ impl fmt::Display for EmulatedSpec {
         }
         if let Some(latency) = self.latency {
             write!(f, ",latency={}us", latency.as_micros())?;
+        }
+        if let Some(iops) = self.iops {
+            write!(f, ",iops={iops}")?;
         }
         self.fmt_controller(f)
     }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use nvme_emulator::{MAX_DSTRD, MAX_METADATA, MAX_NSID, SglSupport, ShadowDoorbells, WriteCache};
 use nvme_spec::NamespaceId;
 
-use super::{EmulatedMode, LbaSize, MAX_LATENCY, MAX_QUEUES, MAX_SIZE, SpecProblem};
+use super::{EmulatedMode, LbaSize, MAX_IOPS, MAX_LATENCY, MAX_QUEUES, MAX_SIZE, SpecProblem};
 
 /// Reads a size with an optional suffix: `4096`, `64k`, `1MiB`, `4GiB`, `1T`. One letter or `iB` forms are powers of 1024,
 /// as fio has them; `kB`, `MB` and so on are powers of 1000.
@@ -70,7 +70,7 @@ fn parse_latency(text: &str) -> Option<Duration> {
 
 const COMMON_OPTIONS: &str = "queues, ns";
 const EMULATED_OPTIONS: &str =
-    "size, lba, mode, mdts, latency, sgls, shadow, cache, mpsmin, dstrd, meta, nsID=SIZE, queues, ns";
+    "size, lba, mode, mdts, latency, iops, sgls, shadow, cache, mpsmin, dstrd, meta, nsID=SIZE, queues, ns";
 
 /// Options as they were found; which of them a scheme has is decided while they are read.
 #[derive(Default)]
@@ -80,6 +80,7 @@ pub(super) struct Options {
     pub(super) mode: Option<EmulatedMode>,
     pub(super) mdts: Option<u8>,
     pub(super) latency: Option<Duration>,
+    pub(super) iops: Option<u32>,
     pub(super) sgls: Option<SglSupport>,
     pub(super) shadow: Option<ShadowDoorbells>,
     pub(super) cache: Option<WriteCache>,
@@ -193,6 +194,7 @@ impl Options {
                 let expected = "expected microseconds or milliseconds up to 10 s, as 80us or 5ms";
                 set("latency", &mut self.latency, one_of("latency", value, parse_latency(value), expected)?)?;
             }
+            "iops" => set("iops", &mut self.iops, number("iops", value, 1, MAX_IOPS)?)?,
             _ => return self.controller(key, value),
         }
         Ok(true)

@@ -28,8 +28,12 @@ fn every_documented_form_parses() {
 
     for (text, us) in [("80us", 80), ("5ms", 5_000), ("10000ms", 10_000_000)] {
         let Target::Emulated(emulated) = spec(&format!("emu:x,latency={text}")).target else { panic!() };
-        assert_eq!(emulated.latency, Some(Duration::from_micros(us)));
+        assert_eq!((emulated.latency, emulated.iops), (Some(Duration::from_micros(us)), None));
     }
+    let text = "emu:mem,size=64MiB,latency=80us,iops=400000";
+    let Target::Emulated(emulated) = spec(text).target else { panic!() };
+    assert_eq!(emulated.iops, Some(400_000));
+    assert_eq!(spec(text).to_string(), text);
 
     assert_eq!(spec("emu:./mem").to_string(), "emu:./mem");
     assert_eq!(spec("pci:0000:01:00.0").to_string(), "pci:0000:01:00.0");
@@ -82,11 +86,13 @@ fn every_malformed_spec_says_what_to_do() {
         ("emu:x,latency=+1us", "as 80us or 5ms"),
         ("emu:x,latency=10001ms", "up to 10 s"),
         ("emu:x,latency=1us,mode=inline", "needs `mode=threaded`"),
+        ("emu:x,iops=400000", "needs `latency`"),
+        ("emu:x,latency=1us,iops=0", "from 1 to 100000000"),
         ("emu:x,queues=0", "from 1 to 65534"),
         ("emu:x,queues=65535", "from 1 to 65534"),
         ("emu:x,ns=0", "from 1 to 4294967294"),
         ("emu:x,ns=1,ns=2", "`ns` is given twice"),
-        ("emu:x,speed=9", "those are size, lba, mode, mdts, latency, sgls, shadow"),
+        ("emu:x,speed=9", "those are size, lba, mode, mdts, latency, iops, sgls, shadow"),
         ("emu:x,sgls=byte", "expected on, dword or off"),
         ("emu:x,shadow=yes", "expected on or off"),
         ("emu:x,cache=", "expected on or off"),
@@ -132,7 +138,7 @@ fn suffixes_are_those_of_fio() {
 proptest! {
     #[test]
     fn any_options_that_parse_round_trip(options in prop::collection::vec((
-        prop::sample::select(vec!["size", "lba", "mode", "mdts", "latency", "sgls", "shadow", "cache", "mpsmin",
+        prop::sample::select(vec!["size", "lba", "mode", "mdts", "latency", "iops", "sgls", "shadow", "cache", "mpsmin",
             "dstrd", "meta", "ns", "ns2", "ns7", "ns65535", "ns65536", "queues"]),
         prop::sample::select(vec!["on", "off", "dword", "0", "1", "2", "8", "512", "4096", "4k", "8KiB", "64k",
             "1MiB", "inline", "threaded", "80us"]),

@@ -14,7 +14,8 @@ const FILE_LINE_LIMIT: usize = 1_000;
 const EMPTY_NAMES: &[&str] = &["util", "utils", "common", "base", "helpers", "misc"];
 
 /// Folders that hold sources of ours.
-const SOURCE_FOLDERS: &[&str] = &["reactor", "nvme", "fs-core", "fuzz", "planted", "tools", "hw-tests"];
+const SOURCE_FOLDERS: &[&str] =
+    &["reactor", "nvme", "fs-core", "fuzz", "planted", "tools", "hw-tests", "bench"];
 
 /// Directories below which nothing is looked at, and how deep the walk goes.
 const SKIPPED: &[&str] = &["target", "fixtures"];

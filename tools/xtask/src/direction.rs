@@ -32,6 +32,7 @@ const ALLOWED: &[(&str, May)] = &[
     ("pollux-fuzz", May::Only(&["reactor", "nvme", "nvme-spec", "vfio-user-protocol", "fs-core"])),
     ("pollux-tools", May::All),
     ("hw-tests", May::All),
+    ("pollux-bench", May::All),
     ("xtask", May::Only(&["planted"])),
 ];
 

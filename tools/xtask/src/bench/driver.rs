@@ -16,9 +16,8 @@ use anyhow::{Context, bail, ensure};
 use clap::Args;
 use serde::Deserialize;
 
-use super::Report;
+use super::{Report, build, median};
 use crate::packages;
-use crate::steps::cargo;
 
 /// Requests of the shorter of two runs.
 const REQUESTS: u64 = 12_800;
@@ -85,34 +84,6 @@ pub(super) fn measure(root: &Path, options: &DriverOptions) -> anyhow::Result<Re
         _ => report.missing.push("a peer: give --peer-socket and --peer-command (docs/benchmarks.md)".into()),
     }
     Ok(report)
-}
-
-#[derive(Deserialize)]
-struct Artifact {
-    target: Option<Target>,
-    executable: Option<PathBuf>,
-}
-
-#[derive(Deserialize)]
-struct Target {
-    name: String,
-}
-
-/// Builds a program for release; returns where it is.
-fn build(root: &Path, what: &[&str], name: &str) -> anyhow::Result<PathBuf> {
-    let output = cargo(root)
-        .args(["build", "--release", "--locked", "--quiet", "--message-format=json-render-diagnostics"])
-        .args(what)
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot run cargo")?;
-    ensure!(output.status.success(), "cannot build {name}");
-    String::from_utf8_lossy(&output.stdout)
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Artifact>(line).ok())
-        .filter(|artifact| artifact.target.as_ref().is_some_and(|target| target.name == name))
-        .find_map(|artifact| artifact.executable)
-        .with_context(|| format!("cargo does not say where {name} is"))
 }
 
 fn instructions(program: &Path, report: &mut Report) -> anyhow::Result<()> {
@@ -258,11 +229,6 @@ fn peer_iops(output: &str, line: &str) -> anyhow::Result<f64> {
         .with_context(|| format!("no number in the peer's line {found:?}"))
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -273,11 +239,5 @@ mod tests {
             "Device Information   :  IOPS  MiB/s\nTotal                :  1028371.64  4017.08  0.97\n";
         assert_eq!(peer_iops(output, "Total").expect("it is there"), 1_028_371.64);
         assert!(peer_iops("nothing", "Total").is_err());
-    }
-
-    #[test]
-    fn the_median_is_not_moved_by_an_outlier() {
-        assert_eq!(median(vec![3.0, 1.0, 100.0]), 3.0);
-        assert!(median(Vec::new()).is_nan());
     }
 }

@@ -249,7 +249,6 @@ impl<C: LockClass> Guard<C> {
     }
 
     /// Goes on holding the lock beside other readers.
-    #[allow(dead_code)] // for direct writes, which take the inode lock down to shared once their range is clean
     pub(crate) fn downgrade(&self) {
         self.queue.downgrade(self.ticket);
     }

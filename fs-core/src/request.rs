@@ -397,6 +397,15 @@ pub enum Request {
         /// Bytes.
         length: u32,
     },
+    /// A read that leaves nothing in memory, as with `O_DIRECT`. → [`Reply::Data`], short only at the end of the file.
+    ReadDirect {
+        /// Inode.
+        inode: InodeNr,
+        /// First byte.
+        offset: FileOffset,
+        /// Bytes.
+        length: u32,
+    },
     /// A write; [`crate::Volume::write`] is the fast way in. → [`Reply::Written`]
     Write {
         /// Inode.
@@ -407,6 +416,19 @@ pub enum Request {
         data: Box<[u8]>,
         /// Where it came from.
         source: WriteSource,
+        /// Whether set-uid and set-gid bits fall.
+        kill_privileges: KillPrivileges,
+    },
+    /// A write that is answered when the device has the data, as with `O_DIRECT`: not durable without [`Request::Sync`], but
+    /// in nobody's memory. What is not of whole blocks goes through the page cache, and is written back. →
+    /// [`Reply::Written`]
+    WriteDirect {
+        /// Inode.
+        inode: InodeNr,
+        /// First byte.
+        offset: FileOffset,
+        /// Data.
+        data: Box<[u8]>,
         /// Whether set-uid and set-gid bits fall.
         kill_privileges: KillPrivileges,
     },

@@ -30,6 +30,7 @@ use std::sync::Arc;
 use reactor::{Context, Receiver};
 
 use crate::alloc::{Allocator, SpaceCounter};
+use crate::data::read::Caching;
 use crate::data::{DataState, FileData};
 use crate::disk::VolumeDisk;
 use crate::error::FsError;
@@ -215,7 +216,7 @@ impl Shard {
             }
             PeerCall::Read(inode, offset, length) => {
                 self.drain();
-                Ok(PeerReply::Data(self.read(inode, offset, length).await?))
+                Ok(PeerReply::Data(self.read(inode, offset, length, Caching::Cached).await?))
             }
             PeerCall::FlushData => {
                 self.drain();

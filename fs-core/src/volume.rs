@@ -432,7 +432,9 @@ impl Volume {
             | Request::SetAttributes { inode, .. }
             | Request::ReadLink { inode }
             | Request::Read { inode, .. }
+            | Request::ReadDirect { inode, .. }
             | Request::Write { inode, .. }
+            | Request::WriteDirect { inode, .. }
             | Request::Flush { inode }
             | Request::Sync { inode, .. }
             | Request::ReadDirectory { inode, .. }

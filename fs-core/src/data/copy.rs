@@ -17,6 +17,7 @@ use crate::types::{BLOCK_SIZE, InodeNr};
 use super::apply::load_regular;
 use super::lending::{LendingCall, LendingReply, misanswered};
 use super::queue::MAX_WRITE;
+use super::read::Caching;
 
 impl Shard {
     /// See [`crate::Request::CopyRange`].
@@ -84,7 +85,7 @@ impl Shard {
     async fn copy_some(self: &Rc<Self>, range: &CloneRange) -> Result<Cloned, FsError> {
         let length = range.length.min(MAX_WRITE as u64) as u32;
         let bytes = if range.source.shard() == self.id {
-            self.read(range.source, range.source_offset, length).await?
+            self.read(range.source, range.source_offset, length, Caching::Cached).await?
         } else if range.source.shard().index() >= self.volume.shard_count() {
             return Err(FsError::NotFound);
         } else {

@@ -430,7 +430,7 @@ impl FileData {
 
     /// Whether an ordered extent touches the pages of `range`.
     pub(super) fn has_ordered(&self, range: &Range<u64>) -> bool {
-        self.ordered.iter().any(|extent| extent.pages.start < range.end && range.start < extent.pages.end)
+        self.ordered.iter().any(|extent| extent.pages().start < range.end && range.start < extent.pages().end)
     }
 
     /// Whether an ordered extent touches these bytes.
@@ -485,7 +485,8 @@ impl FileData {
         if self.unsynced.kill_privileges {
             attributes.permissions = without_privileges(attributes.permissions);
         }
-        let in_flight: u64 = self.ordered.iter().map(|extent| extent.pages.end - extent.pages.start).sum();
+        let in_flight: u64 =
+            self.ordered.iter().map(|extent| extent.pages().end - extent.pages().start).sum();
         let pending: u64 = self.pending.iter().map(|pending| pending.entry.pages.len() as u64).sum();
         attributes.sectors += (self.dirty_count + in_flight + pending) * (BLOCK_SIZE / 512);
     }

@@ -1,6 +1,6 @@
 //! Ordered extents: pieces of write-back in flight.
 //!
-//! Owns: [`OrderedExtent`], and the way from dirty pages to a file extent:
+//! Owns: [`NewData`] and what its insertion changes; [`OrderedExtent`], and the way from dirty pages to a file extent:
 //!
 //! | step | holds | what |
 //! |---|---|---|
@@ -33,6 +33,7 @@ use crate::alloc::{Priority, Reservation};
 use crate::batch::{Batch, Plan};
 use crate::error::FsError;
 use crate::format::extent::ExtentKind;
+use crate::format::items::InodeRecord;
 use crate::locks::{LockOrder, RangeGuard};
 use crate::namespace::inode::{find, store};
 use crate::shard::{Inode, Shard};
@@ -51,30 +52,75 @@ use super::{MAX_ORDERED, OrderedSlot, add, block_after};
 const DROP_ITEMS: ItemBudget = ItemBudget::new(2 * ItemBudget::ONE_STEP.get());
 
 /// Items that one transaction of an insertion changes: what is dropped, what is inserted, the inode.
-const INSERTION_ITEMS: u32 = max(DROP_ITEMS.get() + INSERT_ITEMS, FILL_ITEMS) + 1;
+pub(super) const INSERTION_ITEMS: u32 = max(DROP_ITEMS.get() + INSERT_ITEMS, FILL_ITEMS) + 1;
 
 const fn max(left: u32, right: u32) -> u32 {
     if left > right { left } else { right }
 }
 
-/// Whose blocks an ordered extent writes to.
+/// Whose blocks new data is written to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
+pub(super) enum Place {
     /// Blocks allocated for it, which nothing references yet.
     Fresh,
     /// Blocks that the file has preallocated there.
     Preallocated,
 }
 
+/// New data of a file with its place on the device.
+#[derive(Debug)]
+pub(super) struct NewData {
+    /// Pages of the file.
+    pub(super) pages: Range<u64>,
+    pub(super) place: Place,
+    pub(super) start: BlockNr,
+    pub(super) generation: Generation,
+    /// CRC32C of each page.
+    pub(super) checksums: Vec<u32>,
+}
+
+impl NewData {
+    pub(super) fn block_of(&self, page: u64) -> BlockNr {
+        block_after(self.start, page - self.pages.start)
+    }
+
+    fn checksums_of(&self, pages: &Range<u64>) -> &[u32] {
+        &self.checksums[(pages.start - self.pages.start) as usize..(pages.end - self.pages.start) as usize]
+    }
+
+    /// Puts the pages from `from` on in the place of what `inode` has there, as many as one transaction can. Returns
+    /// where the rest begins, and changes the blocks of `record`.
+    pub(super) fn insert(
+        &self,
+        batch: &mut Batch<'_>,
+        inode: InodeNr,
+        record: &mut InodeRecord,
+        from: u64,
+    ) -> Plan<u64> {
+        let range = bytes_of(&(from..self.pages.end));
+        if self.place == Place::Preallocated {
+            let checksums = self.checksums_of(&(from..self.pages.end));
+            fill_preallocated(batch, inode, range.start, self.block_of(from), checksums)?;
+            return Ok(self.pages.end);
+        }
+        let dropped = drop_range(batch, inode, range.clone(), &mut DROP_ITEMS.clone())?;
+        let up_to = dropped.up_to / BLOCK_SIZE;
+        let new = NewExtent {
+            start: self.block_of(from),
+            blocks: BlockCount::new(up_to - from),
+            generation: self.generation,
+            checksums: self.checksums_of(&(from..up_to)),
+        };
+        insert_extent(batch, inode, range.start, new);
+        record.blocks = (record.blocks + (up_to - from)).saturating_sub(dropped.blocks);
+        Ok(up_to)
+    }
+}
+
 /// A piece of write-back in flight.
 #[derive(Debug)]
 pub(crate) struct OrderedExtent {
-    /// Pages of the file.
-    pub(super) pages: Range<u64>,
-    place: Place,
-    start: BlockNr,
-    generation: Generation,
-    checksums: Vec<u32>,
+    data: NewData,
     space: RefCell<Option<Reservation>>,
     charge: RefCell<Option<Charge>>,
     ended: Cell<bool>,
@@ -86,22 +132,19 @@ impl OrderedExtent {
         self.ended.get()
     }
 
-    fn block_of(&self, page: u64) -> BlockNr {
-        block_after(self.start, page - self.pages.start)
-    }
-
-    fn checksums_of(&self, pages: &Range<u64>) -> &[u32] {
-        &self.checksums[(pages.start - self.pages.start) as usize..(pages.end - self.pages.start) as usize]
+    /// Pages of the file.
+    pub(super) fn pages(&self) -> &Range<u64> {
+        &self.data.pages
     }
 }
 
-/// Where write-back may put a run of pages.
+/// Where a run of pages may be put.
 #[derive(Clone, Copy, Debug)]
-struct Target {
+pub(super) struct Target {
     /// Preallocated blocks at its beginning, if there are any.
-    preallocated: Option<(BlockNr, Generation)>,
+    pub(super) preallocated: Option<(BlockNr, Generation)>,
     /// Pages, from the first, that can go there together.
-    pages: u64,
+    pub(super) pages: u64,
 }
 
 /// What one transaction of an insertion has done.
@@ -125,13 +168,13 @@ impl Shard {
         let created = self.prepare_and_create(inode, run.clone()).await;
         match created {
             Ok(Some((extent, buffer, slot))) => {
-                let next = extent.pages.end;
+                let next = extent.data.pages.end;
                 let shard = Rc::clone(self);
                 let (owner, task_extent) = (Rc::clone(inode), Rc::clone(&extent));
                 let task = async move { shard.carry_out(owner, task_extent, buffer, slot).await };
                 if let Err(error) = self.ctx.spawn(task) {
                     let error = FsError::Io(error.to_string());
-                    self.end_failed(inode, &extent, extent.pages.start, error.clone());
+                    self.end_failed(inode, &extent, extent.data.pages.start, error.clone());
                     return Err(error);
                 }
                 Ok(next)
@@ -202,11 +245,7 @@ impl Shard {
         let unused = if place == Place::Fresh { 0 } else { blocks };
         let (space, charge) = data.order(pages.clone(), unused);
         let extent = Rc::new(OrderedExtent {
-            pages,
-            place,
-            start,
-            generation,
-            checksums,
+            data: NewData { pages, place, start, generation, checksums },
             space: RefCell::new(space),
             charge: RefCell::new(charge),
             ended: Cell::new(false),
@@ -239,17 +278,17 @@ impl Shard {
         buffer: DmaBuffer,
         slot: OrderedSlot,
     ) {
-        let lba = self.lba_of(extent.start);
+        let lba = self.lba_of(extent.data.start);
         let (written, buffer) = self.ctx.disk().write(lba, buffer, Durability::Cached).await;
         drop(buffer);
         self.volume.note_data_written();
         let inserted = match written {
             Ok(()) => self.insert(&inode, &extent).await,
-            Err(error) => Err((extent.pages.start, FsError::from(error))),
+            Err(error) => Err((extent.data.pages.start, FsError::from(error))),
         };
         match inserted {
             Ok(guard) => {
-                self.end_clean(&inode, &extent, extent.pages.end);
+                self.end_clean(&inode, &extent, extent.data.pages.end);
                 drop(guard);
             }
             Err((reached, error)) => self.end_failed(&inode, &extent, reached, error),
@@ -263,14 +302,14 @@ impl Shard {
 
     /// Inserts the extent, in as many transactions as its range needs; the range stays locked on success.
     async fn insert(&self, inode: &Rc<Inode>, extent: &OrderedExtent) -> Result<RangeGuard, (u64, FsError)> {
-        let mut reached = extent.pages.start;
+        let mut reached = extent.data.pages.start;
         let mut guard: Option<RangeGuard> = None;
         loop {
             let own = extent.space.borrow_mut().take();
             let (mut space, turn) = self.insertion_space(own).await.map_err(|error| (reached, error))?;
             let held = match guard.take() {
                 Some(held) => held,
-                None => inode.ranges.exclusive(bytes_of(&extent.pages), &mut LockOrder::new()).await,
+                None => inode.ranges.exclusive(bytes_of(&extent.data.pages), &mut LockOrder::new()).await,
             };
             let plan = |batch: &mut Batch<'_>| plan_insertion(batch, inode, extent, reached);
             let inserted = self.transact_with(&mut space, plan).await.map_err(|error| (reached, error))?;
@@ -280,7 +319,7 @@ impl Shard {
             data.synced(inserted.version);
             drop(data);
             reached = inserted.up_to;
-            if reached == extent.pages.end {
+            if reached == extent.data.pages.end {
                 return Ok(held);
             }
             guard = Some(held);
@@ -289,7 +328,7 @@ impl Shard {
 
     /// Nodes for one transaction of an insertion. While space is plentiful insertions do not wait for each other;
     /// when it is not, they draw on the reserve one at a time.
-    async fn insertion_space(
+    pub(super) async fn insertion_space(
         &self,
         own: Option<Reservation>,
     ) -> Result<(Reservation, Option<super::InsertionTurn>), FsError> {
@@ -311,20 +350,20 @@ impl Shard {
     /// Everything before page `end` is inserted: what was not changed meanwhile is clean.
     fn end_clean(&self, inode: &Rc<Inode>, extent: &Rc<OrderedExtent>, end: u64) {
         let mut data = self.data_of(inode);
-        data.end_ordered_clean(extent.pages.start..end);
-        self.data.queue_for_eviction(inode.nr, &mut data, extent.pages.start..end);
-        self.data.count_written(end - extent.pages.start);
+        data.end_ordered_clean(extent.data.pages.start..end);
+        self.data.queue_for_eviction(inode.nr, &mut data, extent.data.pages.start..end);
+        self.data.count_written(end - extent.data.pages.start);
         self.end(&mut data, extent);
     }
 
     /// From page `reached` on nothing is inserted: the pages are dirty again.
     fn end_failed(&self, inode: &Rc<Inode>, extent: &Rc<OrderedExtent>, reached: u64, error: FsError) {
-        let rest = reached..extent.pages.end;
-        if extent.place == Place::Fresh && !rest.is_empty() {
-            self.give_back_blocks(extent.block_of(reached), rest.end - rest.start);
+        let rest = reached..extent.data.pages.end;
+        if extent.data.place == Place::Fresh && !rest.is_empty() {
+            self.give_back_blocks(extent.data.block_of(reached), rest.end - rest.start);
         }
         let mut data = self.data_of(inode);
-        data.end_ordered_clean(extent.pages.start..reached);
+        data.end_ordered_clean(extent.data.pages.start..reached);
         if error == FsError::NotFound {
             // The inode was deleted, and its pages with it.
             data.end_ordered_clean(rest);
@@ -344,7 +383,7 @@ impl Shard {
         drop(extent.space.borrow_mut().take());
         drop(extent.charge.borrow_mut().take());
         extent.ended.set(true);
-        let pages = extent.pages.end - extent.pages.start;
+        let pages = extent.data.pages.end - extent.data.pages.start;
         self.data.ordered_pages.set(self.data.ordered_pages.get() - pages);
         data.ordered.retain(|other| !Rc::ptr_eq(other, extent));
         data.ordered_ended.notify();
@@ -358,7 +397,7 @@ impl Shard {
 }
 
 /// Looks whether the pages of `run` have preallocated blocks.
-fn find_target(batch: &Batch<'_>, inode: InodeNr, run: &Range<u64>) -> Plan<Target> {
+pub(super) fn find_target(batch: &Batch<'_>, inode: InodeNr, run: &Range<u64>) -> Plan<Target> {
     let mut page = run.start;
     while page < run.end {
         let Some(mapped) = next_extent(batch, inode, page * BLOCK_SIZE)? else { break };
@@ -383,26 +422,7 @@ fn find_target(batch: &Batch<'_>, inode: InodeNr, run: &Range<u64>) -> Plan<Targ
 fn plan_insertion(batch: &mut Batch<'_>, inode: &Inode, extent: &OrderedExtent, from: u64) -> Plan<Inserted> {
     let nr = inode.nr;
     let Some(mut record) = find(batch, nr)? else { return Err(FsError::NotFound.into()) };
-    let range = bytes_of(&(from..extent.pages.end));
-    let mut up_to = extent.pages.end;
-    match extent.place {
-        Place::Preallocated => {
-            let checksums = extent.checksums_of(&(from..up_to));
-            fill_preallocated(batch, nr, range.start, extent.block_of(from), checksums)?;
-        }
-        Place::Fresh => {
-            let dropped = drop_range(batch, nr, range.clone(), &mut DROP_ITEMS.clone())?;
-            up_to = dropped.up_to / BLOCK_SIZE;
-            let new = NewExtent {
-                start: extent.block_of(from),
-                blocks: BlockCount::new(up_to - from),
-                generation: extent.generation,
-                checksums: extent.checksums_of(&(from..up_to)),
-            };
-            insert_extent(batch, nr, range.start, new);
-            record.blocks = (record.blocks + (up_to - from)).saturating_sub(dropped.blocks);
-        }
-    }
+    let up_to = extent.data.insert(batch, nr, &mut record, from)?;
     let data = inode.data.borrow();
     record.size = data.size_on_device(record.size, up_to * BLOCK_SIZE);
     data.unsynced.fold_into(&mut record);

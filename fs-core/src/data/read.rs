@@ -2,6 +2,9 @@
 //!
 //! Owns: [`Shard::read`], and the filling of pages that others need whole.
 //!
+//! A direct read ([`Caching::Direct`]) is one that leaves no pages behind. It takes what is in memory as it is: that is
+//! newer than the device, or the same.
+//!
 //! A read holds the shared range lock from before it looks at anything until it has its bytes, so extents do not
 //! change under it, blocks it is reading are not freed, and writes of its range are not applied. They are *pending*
 //! meanwhile: the read lays them over its result in its last step, which is synchronous with looking at the size.
@@ -26,6 +29,15 @@ use super::file::{bytes_of, pages_of, within_page};
 use super::page::{PAGE_SIZE, PageBytes};
 use crate::MAX_FILE_SIZE;
 
+/// Whether what is read stays in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Caching {
+    /// It does, until its memory is wanted.
+    Cached,
+    /// It does not, as with `O_DIRECT`.
+    Direct,
+}
+
 /// Pages that one read keeps in flight from the device: 4 MiB.
 const READ_WINDOW_PAGES: u64 = 1024;
 
@@ -39,9 +51,10 @@ impl Shard {
         nr: InodeNr,
         offset: FileOffset,
         length: u32,
+        caching: Caching,
     ) -> Result<Vec<u8>, FsError> {
         let inode = self.inode(nr);
-        let bytes = self.read_inode(&inode, offset.get(), u64::from(length)).await;
+        let bytes = self.read_inode(&inode, offset.get(), u64::from(length), caching).await;
         drop(inode);
         self.relieve_page_memory();
         self.release_inode(nr);
@@ -53,6 +66,7 @@ impl Shard {
         inode: &Rc<Inode>,
         offset: u64,
         length: u64,
+        caching: Caching,
     ) -> Result<Vec<u8>, FsError> {
         let end = offset.saturating_add(length).min(MAX_FILE_SIZE);
         let lock = bytes_of(&pages_of(&(offset.min(end)..end)));
@@ -67,7 +81,7 @@ impl Shard {
         let mut window = pages.start..pages.start;
         while window.end < pages.end {
             window = window.end..pages.end.min(window.end + READ_WINDOW_PAGES);
-            self.read_window(inode, &window, offset..end, &mut bytes).await?;
+            self.read_window(inode, &window, offset..end, caching, &mut bytes).await?;
         }
         inode.data.borrow().overlay_pending(offset, &mut bytes);
         Ok(bytes)
@@ -80,6 +94,7 @@ impl Shard {
         inode: &Rc<Inode>,
         window: &Range<u64>,
         range: Range<u64>,
+        caching: Caching,
         bytes: &mut [u8],
     ) -> Result<(), FsError> {
         let mut copy = |index: u64, page: &PageBytes| {
@@ -114,6 +129,9 @@ impl Shard {
         let segments = self.segments_of(inode.nr, &missing).await?;
         self.read_segments(inode.nr, &segments, |index, device| {
             let mut data = self.data_of(inode);
+            if caching == Caching::Direct && data.page(index).is_none() {
+                return copy(index, device);
+            }
             copy(index, data.fill_page(index, device).bytes());
             self.data.queue_for_eviction(inode.nr, &mut data, index..index + 1);
         })

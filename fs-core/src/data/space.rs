@@ -403,7 +403,7 @@ fn next_in_memory(inode: &Inode, offset: u64) -> Range<u64> {
     let data = inode.data.borrow();
     let page = offset / BLOCK_SIZE;
     let dirty = data.next_dirty(page).map(|run| bytes_of(&run));
-    let ordered = data.ordered.iter().map(|extent| bytes_of(&extent.pages));
+    let ordered = data.ordered.iter().map(|extent| bytes_of(extent.pages()));
     let pending = data.pending().map(|pending| bytes_of(&pages_of(&pending.range())));
     let pieces = dirty.into_iter().chain(ordered).chain(pending).filter(|piece| piece.end > offset);
     let first = pieces.min_by_key(|piece| piece.start).unwrap_or(u64::MAX..u64::MAX);

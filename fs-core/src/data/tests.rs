@@ -16,6 +16,7 @@ use crate::request::{
 use crate::types::{BLOCK_SIZE, FileOffset, InodeNr};
 use crate::volume::{MountOptions, Volume, WriteOutcome};
 
+mod direct;
 mod faults;
 mod random;
 
@@ -120,6 +121,26 @@ impl Client {
 
     async fn read(&self, inode: InodeNr, offset: u64, length: u32) -> Result<Vec<u8>, FsError> {
         match self.volume.call(Request::Read { inode, offset: FileOffset::new(offset), length }).await? {
+            Reply::Data(data) => Ok(data),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn write_direct(&self, inode: InodeNr, offset: u64, data: &[u8]) -> Result<u32, FsError> {
+        let (offset, kill_privileges) = (FileOffset::new(offset), KillPrivileges::Keep);
+        match self
+            .volume
+            .call(Request::WriteDirect { inode, offset, data: data.into(), kill_privileges })
+            .await?
+        {
+            Reply::Written(written) => Ok(written),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn read_direct(&self, inode: InodeNr, offset: u64, length: u32) -> Result<Vec<u8>, FsError> {
+        match self.volume.call(Request::ReadDirect { inode, offset: FileOffset::new(offset), length }).await?
+        {
             Reply::Data(data) => Ok(data),
             other => panic!("{other:?}"),
         }

@@ -145,7 +145,7 @@ impl Shard {
             let touched = data
                 .ordered
                 .iter()
-                .filter(|extent| extent.pages.start < pages.end && pages.start < extent.pages.end);
+                .filter(|extent| extent.pages().start < pages.end && pages.start < extent.pages().end);
             (touched.map(Rc::clone).collect::<Vec<_>>(), Rc::clone(&data.ordered_ended))
         };
         for extent in extents {

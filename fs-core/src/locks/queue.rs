@@ -115,7 +115,6 @@ impl WaitQueue {
         wakers.into_iter().for_each(Waker::wake);
     }
 
-    #[allow(dead_code)] // as Guard::downgrade
     /// Turns a granted exclusive request into a shared one and wakes the shared requests that it held up.
     pub(super) fn downgrade(&self, ticket: Ticket) {
         let wakers = {

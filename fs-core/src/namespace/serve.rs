@@ -6,6 +6,7 @@
 
 use std::rc::Rc;
 
+use crate::data::read::Caching;
 use crate::error::FsError;
 use crate::request::{Reply, Request};
 use crate::shard::Shard;
@@ -97,7 +98,13 @@ impl Shard {
     async fn serve_contents(self: &Rc<Self>, request: Request) -> Result<Reply, FsError> {
         match request {
             Request::Read { inode, offset, length } => {
-                self.read(inode, offset, length).await.map(Reply::Data)
+                self.read(inode, offset, length, Caching::Cached).await.map(Reply::Data)
+            }
+            Request::ReadDirect { inode, offset, length } => {
+                self.read(inode, offset, length, Caching::Direct).await.map(Reply::Data)
+            }
+            Request::WriteDirect { inode, offset, data, kill_privileges } => {
+                self.write_direct(inode, offset, data, kill_privileges).await.map(Reply::Written)
             }
             Request::Write { inode, offset, data, source, kill_privileges } => {
                 self.write_slow(inode, offset, data, source, kill_privileges).await.map(Reply::Written)

@@ -126,6 +126,11 @@ impl<V: VolumeFront> FrontEnd<V> {
     }
 }
 
+/// Whether a file was opened with `O_DIRECT`.
+fn is_direct(flags: OpenFlags) -> bool {
+    flags.0 & libc::O_DIRECT != 0
+}
+
 /// What makes an inode, by whichever request.
 struct Create<'a> {
     header: &'a fuser::Request,
@@ -494,12 +499,16 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
         _handle: FileHandle,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let inode = translate::inode(inode);
-        let request = Request::Read { inode, offset: FileOffset::new(offset), length: size };
+        let (inode, offset) = (translate::inode(inode), FileOffset::new(offset));
+        let request = if is_direct(flags) {
+            Request::ReadDirect { inode, offset, length: size }
+        } else {
+            Request::Read { inode, offset, length: size }
+        };
         self.volume.submit(request, move |result| answer_data(result, reply));
     }
 
@@ -511,7 +520,7 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
         offset: u64,
         data: &[u8],
         flags: WriteFlags,
-        _open_flags: OpenFlags,
+        open_flags: OpenFlags,
         _owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
@@ -528,6 +537,11 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
             KillPrivileges::Keep
         };
         self.written.note(inode);
+        // What the kernel writes back of a mapping may come with the flags of any open file.
+        if source == WriteSource::Call && is_direct(open_flags) {
+            let request = Request::WriteDirect { inode, offset, data: data.into(), kill_privileges };
+            return self.volume.submit(request, move |result| answer_written(result, reply));
+        }
         match self.volume.write(inode, offset, data, source, kill_privileges) {
             WriteOutcome::Accepted(bytes) => reply.written(bytes),
             WriteOutcome::Failed(error) => reply.error(translate::errno(&error)),

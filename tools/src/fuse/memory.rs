@@ -180,13 +180,13 @@ impl State {
                 node.attributes.links += 1;
                 Ok(Reply::Entry(node.attributes.clone()))
             }
-            Request::Read { inode, offset, length } => {
+            Request::Read { inode, offset, length } | Request::ReadDirect { inode, offset, length } => {
                 let data = &self.node(inode)?.data;
                 let start = usize::try_from(offset.get()).unwrap().min(data.len());
                 let end = (start + length as usize).min(data.len());
                 Ok(Reply::Data(data[start..end].to_vec()))
             }
-            Request::Write { inode, offset, data, .. } => {
+            Request::Write { inode, offset, data, .. } | Request::WriteDirect { inode, offset, data, .. } => {
                 Ok(Reply::Written(self.write(inode, offset.get(), &data)?))
             }
             Request::ReadDirectory { inode, after, limit } => self.list(inode, after, limit),

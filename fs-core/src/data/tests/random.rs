@@ -37,15 +37,23 @@ impl Writer {
     }
 
     async fn write(&mut self, offset: u64, length: u64) {
+        let length = if self.random.below(2) == 0 { length.next_multiple_of(BLOCK_SIZE) } else { length };
         let data = pattern(self.random.next(), length as usize);
-        assert_eq!(self.client.write(self.inode, offset, &data).await, Ok(length as u32));
+        let written = match self.random.below(3) {
+            0 => self.client.write_direct(self.inode, offset, &data).await,
+            _ => self.client.write(self.inode, offset, &data).await,
+        };
+        assert_eq!(written, Ok(length as u32));
         let end = (offset + length) as usize;
         self.model.resize(self.model.len().max(end), 0);
         self.model[offset as usize..end].copy_from_slice(&data);
     }
 
     async fn check(&mut self, offset: u64, length: u64) {
-        let read = self.client.read(self.inode, offset, length as u32).await.unwrap();
+        let read = match self.random.below(3) {
+            0 => self.client.read_direct(self.inode, offset, length as u32).await.unwrap(),
+            _ => self.client.read(self.inode, offset, length as u32).await.unwrap(),
+        };
         let from = self.model.len().min(offset as usize);
         let to = self.model.len().min((offset + length) as usize);
         assert!(read == self.model[from..to], "inode {} at {offset} + {length} differs", self.inode);

@@ -275,6 +275,9 @@ impl Client {
 
     async fn perform(&mut self, op: &Op) -> Result<Option<Attributes>, FsError> {
         let request = match op {
+            Op::Write { node, offset, data } if self.chance(3) => {
+                return write_all_direct(&self.volume, self.inodes[node], *offset, data).await.map(|()| None);
+            }
             Op::Write { node, offset, data } => {
                 return write_all(&self.volume, self.inodes[node], *offset, data).await.map(|()| None);
             }
@@ -834,6 +837,25 @@ pub(super) async fn write_all(
                 }
             }
         };
+    }
+    Ok(())
+}
+
+/// Writes all of `data`, each piece past the page cache.
+pub(super) async fn write_all_direct(
+    volume: &Volume,
+    inode: InodeNr,
+    offset: u64,
+    data: &[u8],
+) -> Result<(), FsError> {
+    let kill_privileges = KillPrivileges::Keep;
+    let mut done = 0;
+    while done < data.len() {
+        let (at, rest) = (FileOffset::new(offset + done as u64), data[done..].into());
+        match volume.call(Request::WriteDirect { inode, offset: at, data: rest, kill_privileges }).await? {
+            Reply::Written(written) => done += written as usize,
+            other => panic!("direct write: {other:?}"),
+        }
     }
     Ok(())
 }

@@ -99,13 +99,14 @@ impl Daemon {
     /// # Errors
     /// What could not be put together, or not be written at the end.
     pub fn run(self, signals: &Signals, announce: impl FnOnce(&Ready<'_>)) -> Result<(), Failure> {
-        let cores = match &self.cores {
-            Some(cores) => cores.ids().to_vec(),
-            None => device::default_cores(),
-        };
+        let cores = self.reactor_cores();
         let queue = QueueOptions { latency: LatencyRecording::On, ..QueueOptions::default() };
         let device = Device::start(&self.device, &cores, self.config.reactor(), queue)?;
         self.run_on(device, signals, announce)
+    }
+
+    fn reactor_cores(&self) -> Vec<usize> {
+        self.cores.as_ref().map_or_else(device::default_cores, |cores| cores.ids().to_vec())
     }
 
     /// [`Self::run`] on a device that is open already; it is stopped at the end.
@@ -149,7 +150,7 @@ impl Daemon {
         signals: &Signals,
         announce: impl FnOnce(&Ready<'_>),
     ) -> Result<(), Failure> {
-        let front = FrontEnd::new(volume.clone());
+        let front = FrontEnd::new(volume.clone()).beside_reactors(&self.reactor_cores());
         let threads = device.runtime().handles().len().max(SESSION_THREADS);
         let source = self.device.to_string();
         let mounted = Mounted::mount(front, &self.point, &source, self.config.extras(), threads)?;

@@ -4,6 +4,7 @@
 //! its place at [`VolumeFront`].
 
 mod front;
+mod handoff;
 mod mount_point;
 mod mount_table;
 mod session;

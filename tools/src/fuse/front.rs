@@ -6,7 +6,7 @@
 //! | path | thread |
 //! |---|---|
 //! | request → [`VolumeFront::submit`] | a session thread, which at once reads the next request |
-//! | reply | the reactor that served it, straight to the kernel |
+//! | reply | the reactor that served it, straight to the kernel; of a single request the session thread (`fuse/handoff.rs`) |
 //! | write | copied into the delalloc queue and acknowledged on the session thread, unless there is no room |
 //! | what needs no volume (open, flush of an unwritten file, ACL attributes) | the session thread |
 //!
@@ -45,6 +45,7 @@ use fuser::{
     ReplyWrite, ReplyXattr, TimeOrNow, WriteFlags,
 };
 
+use super::handoff::Handoff;
 use super::translate;
 
 /// How long the kernel may keep names and attributes. Nobody else changes them, so long; the kernel adds this to its
@@ -106,20 +107,32 @@ impl VolumeFront for Volume {
 pub struct FrontEnd<V> {
     volume: V,
     written: WrittenSet,
+    handoff: Handoff,
 }
 
 impl<V: VolumeFront> FrontEnd<V> {
     /// A front end of `volume`.
     pub fn new(volume: V) -> Self {
-        Self { volume, written: WrittenSet::default() }
+        Self { volume, written: WrittenSet::default(), handoff: Handoff::default() }
+    }
+
+    /// Session threads reply to single requests themselves where no reactor runs: `cores` are the reactors'.
+    #[must_use]
+    pub fn beside_reactors(mut self, cores: &[usize]) -> Self {
+        self.handoff = Handoff::beside(cores);
+        self
+    }
+
+    fn submit(&self, request: Request, reply: impl FnOnce(Result<Reply, FsError>) + Send + 'static) {
+        self.handoff.submit(&self.volume, request, reply);
     }
 
     fn create(&self, create: Create<'_>, reply: ReplyEntry) {
-        self.volume.submit(create.into(), move |result| answer_entry(result, reply));
+        self.submit(create.into(), move |result| answer_entry(result, reply));
     }
 
     fn empty(&self, request: Request, reply: ReplyEmpty) {
-        self.volume.submit(request, move |result| match result {
+        self.submit(request, move |result| match result {
             Ok(_) => reply.ok(),
             Err(error) => reply.error(translate::errno(&error)),
         });
@@ -310,7 +323,7 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
 
     fn lookup(&self, _header: &fuser::Request, parent: INodeNo, child: &OsStr, reply: ReplyEntry) {
         let request = Request::Lookup { parent: translate::inode(parent), name: name(child) };
-        self.volume.submit(request, move |result| match result {
+        self.submit(request, move |result| match result {
             Err(FsError::NotFound) => reply.entry(&CACHE_TIME, &translate::no_entry(), Generation(0)),
             result => answer_entry(result, reply),
         });
@@ -330,7 +343,7 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
         reply: ReplyAttr,
     ) {
         let request = Request::GetAttributes { inode: translate::inode(inode) };
-        self.volume.submit(request, move |result| answer_attributes(result, reply));
+        self.submit(request, move |result| answer_attributes(result, reply));
     }
 
     fn setattr(
@@ -365,12 +378,12 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
             kill_privileges,
         };
         let request = Request::SetAttributes { inode: translate::inode(inode), change };
-        self.volume.submit(request, move |result| answer_attributes(result, reply));
+        self.submit(request, move |result| answer_attributes(result, reply));
     }
 
     fn readlink(&self, _header: &fuser::Request, inode: INodeNo, reply: ReplyData) {
         let request = Request::ReadLink { inode: translate::inode(inode) };
-        self.volume.submit(request, move |result| answer_data(result, reply));
+        self.submit(request, move |result| answer_data(result, reply));
     }
 
     fn mknod(
@@ -459,7 +472,7 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
             new_parent: translate::inode(new_parent),
             new_name: name(new),
         };
-        self.volume.submit(request, move |result| answer_entry(result, reply));
+        self.submit(request, move |result| answer_entry(result, reply));
     }
 
     fn open(&self, _header: &fuser::Request, _inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -481,7 +494,7 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
         reply: ReplyCreate,
     ) {
         let create = Create { header, parent, name, new: NewInode::Regular, mode };
-        self.volume.submit(create.into(), move |result| match result {
+        self.submit(create.into(), move |result| match result {
             Ok(Reply::Entry(found)) => {
                 let attributes = translate::attributes(&found);
                 let flags = FopenFlags::FOPEN_KEEP_CACHE;
@@ -509,7 +522,7 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
         } else {
             Request::Read { inode, offset, length: size }
         };
-        self.volume.submit(request, move |result| answer_data(result, reply));
+        self.submit(request, move |result| answer_data(result, reply));
     }
 
     fn write(
@@ -540,14 +553,14 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
         // What the kernel writes back of a mapping may come with the flags of any open file.
         if source == WriteSource::Call && is_direct(open_flags) {
             let request = Request::WriteDirect { inode, offset, data: data.into(), kill_privileges };
-            return self.volume.submit(request, move |result| answer_written(result, reply));
+            return self.submit(request, move |result| answer_written(result, reply));
         }
         match self.volume.write(inode, offset, data, source, kill_privileges) {
             WriteOutcome::Accepted(bytes) => reply.written(bytes),
             WriteOutcome::Failed(error) => reply.error(translate::errno(&error)),
             WriteOutcome::Slow => {
                 let request = Request::Write { inode, offset, data: data.into(), source, kill_privileges };
-                self.volume.submit(request, move |result| answer_written(result, reply));
+                self.submit(request, move |result| answer_written(result, reply));
             }
         }
     }
@@ -602,11 +615,11 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
     ) {
         let inode = translate::inode(inode);
         let request = Request::ReadDirectory { inode, after: offset, limit: DIRECTORY_BATCH };
-        self.volume.submit(request, move |result| answer_directory(result, reply));
+        self.submit(request, move |result| answer_directory(result, reply));
     }
 
     fn statfs(&self, _header: &fuser::Request, _inode: INodeNo, reply: ReplyStatfs) {
-        self.volume.submit(Request::StatFs, move |result| answer_statfs(result, reply));
+        self.submit(Request::StatFs, move |result| answer_statfs(result, reply));
     }
 
     fn setxattr(
@@ -645,17 +658,17 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
         }
         if attribute == EXTENTS_ATTRIBUTE {
             let request = Request::CountExtents { inode: translate::inode(inode) };
-            return self.volume.submit(request, move |result| {
+            return self.submit(request, move |result| {
                 answer_xattr(result.map(describe_extents), size, reply);
             });
         }
         let request = Request::GetXattr { inode: translate::inode(inode), name: name(attribute) };
-        self.volume.submit(request, move |result| answer_xattr(result, size, reply));
+        self.submit(request, move |result| answer_xattr(result, size, reply));
     }
 
     fn listxattr(&self, _header: &fuser::Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
         let request = Request::ListXattr { inode: translate::inode(inode) };
-        self.volume.submit(request, move |result| answer_xattr(result, size, reply));
+        self.submit(request, move |result| answer_xattr(result, size, reply));
     }
 
     fn removexattr(&self, _header: &fuser::Request, inode: INodeNo, attribute: &OsStr, reply: ReplyEmpty) {
@@ -718,7 +731,7 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
             (_, Err(_negative)) => return reply.error(Errno::ENXIO),
         };
         let request = Request::Seek { inode: translate::inode(inode), offset, what };
-        self.volume.submit(request, move |result| match result {
+        self.submit(request, move |result| match result {
             Ok(Reply::Offset(found)) => match i64::try_from(found) {
                 Ok(found) => reply.offset(found),
                 Err(_) => reply.error(Errno::EOVERFLOW),
@@ -751,7 +764,7 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
             // The reply has 32 bits. The kernel asks for less anyway.
             length: length.min(MAX_COPY),
         };
-        self.volume.submit(Request::CopyRange(range), move |result| match result {
+        self.submit(Request::CopyRange(range), move |result| match result {
             Ok(Reply::Cloned(copied)) => match u32::try_from(copied.bytes) {
                 Ok(bytes) => reply.written(bytes),
                 Err(_) => reply.error(Errno::EOVERFLOW),

@@ -220,9 +220,9 @@ fn instructions(tools: &Tools, report: &mut Report) -> anyhow::Result<()> {
 
 fn count(tools: &Tools, kind: &str, requests: u64) -> anyhow::Result<u64> {
     let output = Command::new("valgrind")
-        .args(["--tool=callgrind", "--callgrind-out-file=/dev/null", "--collect-atstart=yes"])
-        // Left out: what a drive does.
-        .arg("--toggle-collect=*instructions*transfer*")
+        .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
+        // Left out: what a drive does. In this order: the first option changes the second's default.
+        .args(["--toggle-collect=*instructions*transfer*", "--collect-atstart=yes"])
         .arg(&tools.bench)
         .args(["instructions", "--kind", kind, "--requests", &requests.to_string()])
         .output()

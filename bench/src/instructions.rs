@@ -8,13 +8,13 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use clap::{Args, ValueEnum};
 use fs_core::mkfs::{Force, FormatOptions, Owner, format};
-use fs_core::request::{NewInode, SyncScope};
-use fs_core::{MountOptions, Request, Volume};
+use fs_core::request::NewInode;
+use fs_core::{MountOptions, Volume};
 use futures_util::future::join_all;
 use reactor::block::{BlockDevice, Completion, Geometry, Lba, LbaCount, OpTag, Rejected};
 use reactor::{Context, DmaPool, HeapRegion, SystemClock};
 
-use crate::library::loads::{BLOCK, create, read_block, scattered, sync, write};
+use crate::library::loads::{BLOCK, create, read_block, scattered, sync, write, write_block};
 
 const DEVICE_BYTES: usize = 1 << 30;
 const POOL_BYTES: usize = 16 << 20;
@@ -22,8 +22,6 @@ const POOL_BYTES: usize = 16 << 20;
 const BLOCKS: u64 = 16_384;
 /// Requests at once.
 const DEPTH: u64 = 32;
-/// Page memory of the reads: next to none.
-const NO_MEMORY: u64 = 256 << 10;
 
 /// Options of `instructions`.
 #[derive(Args)]
@@ -39,7 +37,7 @@ pub(crate) struct Instructions {
 enum Kind {
     /// Reads of 4 KiB at random, past the cache
     Read,
-    /// Writes of 4 KiB at random, until they are on the device
+    /// Writes of 4 KiB at random, past the cache
     Write,
     /// Checksums of 4 KiB
     Checksum,
@@ -75,32 +73,26 @@ impl Instructions {
 async fn load(ctx: &Context, kind: Kind, requests: u64) -> Result<()> {
     let options = FormatOptions { shards: 1, label: String::new(), force: Force::Refuse, owner: Owner::ROOT };
     format(ctx, &options).await?;
-    let page_memory = if kind == Kind::Read { NO_MEMORY } else { 4 * BLOCKS * BLOCK };
-    let options = MountOptions { page_memory, ..MountOptions::default() };
-    let volume = Volume::mount(ctx, &[ctx.handle()], options).await?;
+    let volume = Volume::mount(ctx, &[ctx.handle()], MountOptions::default()).await?;
     let inode = create(&volume, Volume::ROOT, "data", NewInode::Regular).await?;
     for block in 0..BLOCKS {
         write(&volume, inode, block * BLOCK, &[block as u8; BLOCK as usize]).await?;
     }
     sync(&volume, inode).await?;
-    if kind == Kind::Read {
-        let readers = (0..DEPTH).map(|reader| {
-            let volume = &volume;
-            async move {
-                for number in (reader..requests).step_by(DEPTH as usize) {
-                    read_block(volume, inode, scattered(number, BLOCKS)).await?;
+    let workers = (0..DEPTH).map(|worker| {
+        let volume = &volume;
+        async move {
+            for number in (worker..requests).step_by(DEPTH as usize) {
+                let block = scattered(number, BLOCKS);
+                match kind {
+                    Kind::Write => write_block(volume, inode, block).await?,
+                    _ => read_block(volume, inode, block).await?,
                 }
-                anyhow::Ok(())
             }
-        });
-        join_all(readers).await.into_iter().collect::<Result<()>>()?;
-    } else {
-        for number in 0..requests {
-            write(&volume, inode, scattered(number, BLOCKS) * BLOCK, &[1; BLOCK as usize]).await?;
+            anyhow::Ok(())
         }
-        volume.call(Request::Sync { inode, scope: SyncScope::Data }).await?;
-    }
-    Ok(())
+    });
+    join_all(workers).await.into_iter().collect()
 }
 
 /// A device that has done everything by the next look at it.

@@ -37,9 +37,6 @@ pub(crate) struct Library {
     /// Requests at once
     #[arg(long, default_value_t = 128)]
     depth: usize,
-    /// Memory for file contents, in KiB
-    #[arg(long, default_value_t = 512 << 10)]
-    page_memory_kib: u64,
     /// Files
     #[arg(long, default_value_t = 1_000_000)]
     files: u64,
@@ -54,9 +51,9 @@ pub(crate) struct Library {
 /// A load.
 #[derive(Clone, Copy, ValueEnum)]
 enum Row {
-    /// Read 4 KiB at random
+    /// Read 4 KiB at random, past the cache
     RandomRead,
-    /// Write every block of a file once, at random, until all is on the device
+    /// Write every block of a file once, at random, past the cache
     RandomWrite,
     /// Write 4 KiB and fsync
     WriteFsync,
@@ -79,34 +76,39 @@ impl Library {
         Ok(())
     }
 
-    fn options(&self) -> MountOptions {
-        MountOptions { page_memory: self.page_memory_kib << 10, ..MountOptions::default() }
-    }
-
-    fn open(&self, options: MountOptions) -> Result<Opened> {
+    fn open(&self) -> Result<Opened> {
         let controller = device::open(&self.device)?;
         format_on(&controller, u8::try_from(self.cores.ids().len())?)?;
-        Opened::mount(controller, &self.device, &self.cores, options)
+        Opened::mount(controller, &self.device, &self.cores)
     }
 
-    /// The load on every reactor at once; operations and rates are added up.
+    /// The load on every reactor at once; operations and rates are added up. It finds nothing in memory.
     fn timed(&self) -> Result<Value> {
-        let opened = self.open(self.options())?;
+        let opened = self.open()?;
         let (row, depth, blocks) = (self.row, self.depth, self.blocks);
         let period = Duration::from_secs(self.seconds);
-        let homes = opened.run(0, |_, volume| async move { loads::homes(&volume).await })?;
-        let started: Vec<_> = homes
+        let blocks_before = match row {
+            Row::RandomRead | Row::RandomWrite => blocks,
+            Row::WriteFsync => loads::SYNCED_BLOCKS,
+            _ => 0,
+        };
+        let places =
+            opened.run(0, move |_, volume| async move { loads::places(&volume, blocks_before).await })?;
+        let opened = Opened::mount(opened.unmount_only()?, &self.device, &self.cores)?;
+        let started: Vec<_> = places
             .into_iter()
             .enumerate()
-            .map(|(reactor, home)| {
+            .map(|(reactor, place)| {
                 opened.start(reactor, move |ctx, volume| async move {
                     match row {
                         Row::RandomRead => {
-                            loads::random_read(&ctx, &volume, home, blocks, depth, period).await
+                            loads::random_read(&ctx, &volume, place.file, blocks, depth, period).await
                         }
-                        Row::RandomWrite => loads::random_write(&ctx, &volume, home, blocks).await,
-                        Row::WriteFsync => loads::write_fsync(&ctx, &volume, home, period).await,
-                        _ => loads::create_unlink(&ctx, &volume, home, period).await,
+                        Row::RandomWrite => {
+                            loads::random_write(&ctx, &volume, place.file, blocks, depth).await
+                        }
+                        Row::WriteFsync => loads::write_fsync(&ctx, &volume, place.file, period).await,
+                        _ => loads::create_unlink(&ctx, &volume, place.home, period).await,
                     }
                 })
             })
@@ -123,13 +125,13 @@ impl Library {
     }
 
     fn mount_after_crash(&self) -> Result<Value> {
-        let opened = self.open(self.options())?;
+        let opened = self.open()?;
         let (files, extents) = (self.files, self.extents);
         let made =
             opened.run(0, move |_, volume| async move { many::fill(&volume, files, extents).await })?;
         let controller = opened.crash();
         let began = std::time::Instant::now();
-        let opened = Opened::mount(controller, &self.device, &self.cores, self.options())?;
+        let opened = Opened::mount(controller, &self.device, &self.cores)?;
         let took = began.elapsed();
         let kept = opened.run(0, move |_, volume| async move { many::last_file(&volume, files).await })?;
         ensure!(kept, "the last file that was synced is not there after the crash");
@@ -138,11 +140,11 @@ impl Library {
     }
 
     fn inode_memory(&self) -> Result<Value> {
-        let opened = self.open(self.options())?;
+        let opened = self.open()?;
         let files = self.files;
         opened.run(0, move |_, volume| async move { many::fill(&volume, files, 0).await })?;
         let controller = opened.unmount_only()?;
-        let opened = Opened::mount(controller, &self.device, &self.cores, self.options())?;
+        let opened = Opened::mount(controller, &self.device, &self.cores)?;
         let before = resident_bytes()?;
         opened.run(0, move |_, volume| async move { many::look_up(&volume, files).await })?;
         let after = resident_bytes()?;
@@ -185,15 +187,10 @@ impl<T> Running<T> {
 }
 
 impl Opened {
-    fn mount(
-        controller: Arc<Controller>,
-        spec: &DeviceSpec,
-        cores: &CoreList,
-        options: MountOptions,
-    ) -> Result<Self> {
+    fn mount(controller: Arc<Controller>, spec: &DeviceSpec, cores: &CoreList) -> Result<Self> {
         let (queue, config) = (QueueOptions::default(), ReactorConfig::default());
         let device = Device::over(Arc::clone(&controller), &spec.to_string(), cores.ids(), config, queue)?;
-        let volume = Volume::mount_blocking(device.runtime().handles(), options)?;
+        let volume = Volume::mount_blocking(device.runtime().handles(), MountOptions::default())?;
         Ok(Self { controller, device, volume })
     }
 

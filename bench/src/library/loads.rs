@@ -18,7 +18,7 @@ const SMALL_FILES: u64 = 1000;
 /// Bytes of each.
 const SMALL: usize = 100;
 /// Blocks of the file that is written and synced.
-const SYNCED_BLOCKS: u64 = 1024;
+pub(crate) const SYNCED_BLOCKS: u64 = 1024;
 
 /// Makes a file or a directory.
 pub(crate) async fn create(volume: &Volume, parent: InodeNr, name: &str, new: NewInode) -> Result<InodeNr> {
@@ -46,6 +46,23 @@ pub(crate) async fn homes(volume: &Volume) -> Result<Vec<InodeNr>> {
         homes[home.shard().index()].get_or_insert(home);
     }
     Ok(homes.into_iter().flatten().collect())
+}
+
+/// Where the load of a reactor works.
+pub(crate) struct Place {
+    /// A directory of its own.
+    pub(crate) home: InodeNr,
+    /// A file in it, of as many blocks as were asked for, durable.
+    pub(crate) file: InodeNr,
+}
+
+/// A place in each shard.
+pub(crate) async fn places(volume: &Volume, blocks: u64) -> Result<Vec<Place>> {
+    let mut places = Vec::new();
+    for home in homes(volume).await? {
+        places.push(Place { home, file: written(volume, home, blocks).await? });
+    }
+    Ok(places)
 }
 
 /// Writes, the short way if there is room.
@@ -87,12 +104,11 @@ fn since(ctx: &Context, began: reactor::Instant) -> Duration {
 pub(crate) async fn random_read(
     ctx: &Context,
     volume: &Volume,
-    home: InodeNr,
+    inode: InodeNr,
     blocks: u64,
     depth: usize,
     period: Duration,
 ) -> Result<(Duration, u64)> {
-    let inode = written(volume, home, blocks).await?;
     let began = ctx.now();
     let readers = (0..depth).map(|reader| async move {
         let (mut state, mut done) = (reader as u64, 0);
@@ -106,29 +122,44 @@ pub(crate) async fn random_read(
     Ok((since(ctx, began), done))
 }
 
-/// Reads a block and looks at a byte of it.
+/// Reads a block past the cache and looks at a byte of it.
 pub(crate) async fn read_block(volume: &Volume, inode: InodeNr, block: u64) -> Result<()> {
-    let request = Request::Read { inode, offset: FileOffset::new(block * BLOCK), length: BLOCK as u32 };
+    let request = Request::ReadDirect { inode, offset: FileOffset::new(block * BLOCK), length: BLOCK as u32 };
     match volume.call(request).await? {
         Reply::Data(data) if data.len() as u64 == BLOCK && data[7] == block as u8 => Ok(()),
         _ => bail!("block {block} has wrong contents"),
     }
 }
 
-/// Every block once, in an order that has no neighbours in it, until all is on the device.
+/// `depth` writers, past the cache, that together write every block once, in an order that has no neighbours in it.
 pub(crate) async fn random_write(
     ctx: &Context,
     volume: &Volume,
-    home: InodeNr,
+    inode: InodeNr,
     blocks: u64,
+    depth: usize,
 ) -> Result<(Duration, u64)> {
-    let inode = written(volume, home, blocks).await?;
     let began = ctx.now();
-    for number in 0..blocks {
-        write(volume, inode, scattered(number, blocks) * BLOCK, &[number as u8; BLOCK as usize]).await?;
-    }
-    volume.call(Request::Sync { inode, scope: SyncScope::Data }).await?;
+    let writers = (0..depth as u64).map(|writer| async move {
+        for number in (writer..blocks).step_by(depth) {
+            write_block(volume, inode, scattered(number, blocks)).await?;
+        }
+        anyhow::Ok(())
+    });
+    join_all(writers).await.into_iter().collect::<Result<()>>()?;
     Ok((since(ctx, began), blocks))
+}
+
+/// Writes a block past the cache.
+pub(crate) async fn write_block(volume: &Volume, inode: InodeNr, block: u64) -> Result<()> {
+    let request = Request::WriteDirect {
+        inode,
+        offset: FileOffset::new(block * BLOCK),
+        data: vec![block as u8; BLOCK as usize].into(),
+        kill_privileges: KillPrivileges::Keep,
+    };
+    volume.call(request).await?;
+    Ok(())
 }
 
 /// A permutation of `0..blocks` that jumps about; `blocks` is a power of two.
@@ -140,10 +171,9 @@ pub(crate) fn scattered(number: u64, blocks: u64) -> u64 {
 pub(crate) async fn write_fsync(
     ctx: &Context,
     volume: &Volume,
-    home: InodeNr,
+    inode: InodeNr,
     period: Duration,
 ) -> Result<(Duration, u64)> {
-    let inode = written(volume, home, SYNCED_BLOCKS).await?;
     let (began, mut done) = (ctx.now(), 0_u64);
     while since(ctx, began) < period {
         let offset = (done * 611) % SYNCED_BLOCKS * BLOCK;

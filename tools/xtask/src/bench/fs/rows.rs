@@ -170,18 +170,16 @@ fn clone_readers(tools: &Tools, options: &FsOptions, report: &mut Report) -> any
 
 fn modelled(tools: &Tools, options: &FsOptions, report: &mut Report) -> anyhow::Result<()> {
     let seconds = options.seconds.to_string();
-    for (words, access, row, memory, goal) in [
-        ("read", "randread", "random-read", "256", 0.95),
-        ("write", "randwrite", "random-write", "65536", 0.8),
-    ] {
+    for (words, access, row, goal) in
+        [("read", "randread", "random-read", 0.95), ("write", "randwrite", "random-write", 0.8)]
+    {
         let (mut ours, mut raw) = (Vec::new(), Vec::new());
         for _ in 0..options.rounds {
             let arguments = [
                 ["library", "--row", row, "--device", MODELLED, "--cores"],
-                ["0", "--seconds", &seconds, "--depth", MODELLED_DEPTH, "--page-memory-kib"],
+                ["0", "--seconds", &seconds, "--depth", MODELLED_DEPTH, "--blocks=131072"],
             ];
-            let mut arguments = arguments.concat();
-            arguments.push(memory);
+            let arguments = arguments.concat();
             ours.push(number(&bench(tools, &arguments)?, "/per_second")?);
             let mut perf = Command::new(&tools.pollux);
             perf.args(["perf", "--device", MODELLED, "--rw", access, "--bs", "4k", "--no-latency", "--json"]);

@@ -17,7 +17,7 @@ const BLOCK: u64 = 4096;
 const BASE: u64 = 16 * 1024;
 
 /// How often the big file holds it: 262,144 extents.
-const TIMES: u64 = 16;
+const TIMES: u64 = 40;
 
 /// Clones of the big file at most, until the readers have read enough.
 const CLONES: u32 = 12;

@@ -55,3 +55,29 @@ fn pjdfstest_passes() -> Result<()> {
     daemon.stop()?;
     fsck_clean(&scratch)
 }
+
+/// File System eXerciser: what is read is what was written, through every way in. `POLLUX_FSX_OPERATIONS` is how many operations
+/// each configuration does.
+#[test]
+fn fsx_passes() -> Result<()> {
+    let program = tool("fsx", "0.3.2")?;
+    let operations = std::env::var("POLLUX_FSX_OPERATIONS").unwrap_or_else(|_| "20000".to_owned());
+    let scratch = Scratch::new()?;
+    let daemon = Daemon::up(&scratch, &["--size", "1GiB"])?;
+    for (configuration, seed) in [("fsx.toml", "1"), ("fsx-blocks.toml", "2")] {
+        let output = Command::new(&program)
+            .arg("-f")
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join(configuration))
+            .args(["-N", &operations, "-S", seed, "-P"])
+            .arg(scratch.path())
+            .arg(scratch.mount().join(configuration))
+            .stdin(Stdio::null())
+            .output()
+            .context("running fsx")?;
+        let said = text(&output);
+        ensure!(output.status.success(), "{configuration}, seed {seed}: {}\n{said}", output.status);
+        ensure!(said.contains("All operations completed"), "{configuration} was not run to its end: {said}");
+    }
+    daemon.stop()?;
+    fsck_clean(&scratch)
+}

@@ -19,6 +19,7 @@ pub(crate) const PROGRAMS: &[Program] = &[
     Program { name: "git", package: "git" },
     Program { name: "diff", package: "diffutils" },
     Program { name: "setfattr", package: "attr" },
+    Program { name: "pgbench", package: "postgresql" },
 ];
 
 /// Packages of programs that are missing.

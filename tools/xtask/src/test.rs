@@ -27,7 +27,7 @@ const NOT_MOUNTING: &[&str] = &["--workspace", "--exclude", "hw-tests"];
 const MOUNT_CRATES: &[&str] = &["--package", "pollux-tools", "--package", "hw-tests"];
 
 /// Test programs from the crate registry, kept in `target/tools`. Installing one that is there does nothing.
-const INSTALLED_TOOLS: &[&str] = &["pjdfstest@0.2.2"];
+const INSTALLED_TOOLS: &[&str] = &["pjdfstest@0.2.2", "fsx@0.3.2"];
 
 /// Which tiers run.
 #[derive(Args)]

@@ -27,6 +27,9 @@ use place::Kind;
 /// Set where the namespace is this run's own.
 const INSIDE: &str = "POLLUX_BENCH_NAMESPACE";
 
+/// What the names of scratch directories begin with; the process follows.
+const SCRATCH: &str = "pollux-bench-";
+
 /// How the filesystem is measured.
 #[derive(Args)]
 pub(crate) struct FsOptions {
@@ -102,7 +105,8 @@ pub(super) fn measure(root: &Path, options: &FsOptions) -> anyhow::Result<Report
         return Err(enter_namespace());
     }
     let mut report = Report::default();
-    let scratch = std::env::temp_dir().join(format!("pollux-bench-{}", std::process::id()));
+    remove_what_was_interrupted();
+    let scratch = std::env::temp_dir().join(format!("{SCRATCH}{}", std::process::id()));
     std::fs::create_dir(&scratch)?;
     let outcome = place::mount_tmpfs(&scratch).and_then(|tmpfs| {
         let tools = Tools {
@@ -125,6 +129,19 @@ pub(super) fn measure(root: &Path, options: &FsOptions) -> anyhow::Result<Report
     });
     std::fs::remove_dir(&scratch).with_context(|| format!("removing {}", scratch.display()))?;
     outcome.map(|()| report)
+}
+
+/// Empty directories of runs that were interrupted: all else has gone with their namespaces.
+fn remove_what_was_interrupted() {
+    let Ok(entries) = std::fs::read_dir(std::env::temp_dir()) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let owner = name.to_str().and_then(|name| name.strip_prefix(SCRATCH));
+        // One that is alive has its tmpfs there, which only its own namespace shows.
+        if owner.is_some_and(|owner| !Path::new("/proc").join(owner).exists()) {
+            let _not_empty = std::fs::remove_dir(entry.path());
+        }
+    }
 }
 
 /// Becomes the same command in a mount namespace; returns only if that fails.

@@ -12,7 +12,7 @@ use crate::bench::median;
 use crate::packages;
 
 /// The modelled drive.
-const MODELLED: &str = "emu:mem,size=1GiB,latency=80us,iops=400000";
+const MODELLED: &str = "emu:mem,size=2GiB,latency=80us,iops=400000";
 /// Requests at once on it: four times what 80 µs at 400,000/s need.
 const MODELLED_DEPTH: &str = "128";
 /// Requests of the shorter of two counted runs.

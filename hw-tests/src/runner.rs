@@ -176,6 +176,14 @@ pub fn die_with_parent() -> Result<()> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("asking to die with the parent")
 }
 
+/// A run ends when who started it does, as if by Ctrl-C: it clears up first.
+///
+/// # Errors
+/// The system's.
+pub fn end_with_parent() -> Result<()> {
+    nix::sys::prctl::set_pdeathsig(Signal::SIGTERM).context("asking to be told of the parent's end")
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a failed step of a test is the failure of the test")]

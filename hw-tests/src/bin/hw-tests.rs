@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use hw_tests::report::{Line, Outcome, Row, rows, table, totals};
-use hw_tests::runner::die_with_parent;
+use hw_tests::runner::{die_with_parent, end_with_parent};
 use hw_tests::stream::{Next, Stream};
 use hw_tests::suite::{Environment, MachineCase, Verdict, cases};
 use hw_tests::tiers::{Target, Tier};
@@ -106,6 +106,7 @@ impl Arguments {
         }
         // Before any other thread: they inherit the mask.
         let signals = Signals::block().context("blocking SIGINT and SIGTERM")?;
+        end_with_parent()?;
         let scratch = tempfile::Builder::new().prefix("pollux-hw-").tempdir()?;
         let environment = Environment { bin_dir, scratch_root: scratch.path().to_owned() };
         let quiet = Alarm::new()?;

@@ -102,7 +102,9 @@ impl Place {
 
     /// Starts a server, and waits for the line that says it has mounted.
     fn serve(&mut self, tools: &Tools, arguments: &[&str]) -> anyhow::Result<()> {
-        let mut command = Command::new(&tools.bench);
+        // However this process ends, its servers end too, and with them the namespace.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "TERM", "--"]).arg(&tools.bench);
         command.args(arguments).arg("--mount").arg(&self.dir).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command.spawn().context("starting fs-bench")?;
         let output = child.stdout.take().context("its output was asked for")?;

@@ -251,3 +251,39 @@ fn a_server_that_stands_still_for_a_while_is_a_pause() {
     assert!(daemon.end().success(), "{}", daemon.log());
     place.succeeds(&["fsck"]);
 }
+
+/// Stops the server for good: it holds its socket and answers nothing.
+#[test]
+fn a_server_that_never_goes_on_is_gone() {
+    let Some(place) = Place::new() else { return };
+    let server = place.serve();
+    place.succeeds(&["mkfs"]);
+    let mut daemon = place.daemon();
+    let mount = place.mount();
+    let (sender, synced) = mpsc::channel();
+    let worker = std::thread::spawn(move || work(&mount, &sender));
+    let mut last = synced.recv_timeout(DEADLINE).unwrap();
+    for _ in 0..20 {
+        last = synced.recv_timeout(DEADLINE).unwrap();
+    }
+    server.signal(Signal::SIGSTOP);
+    let began = Instant::now();
+    while let Ok(file) = synced.recv_timeout(DEADLINE) {
+        last = file;
+    }
+    let (failed, error) = worker.join().unwrap();
+    println!("an error after {:?}: {error}", began.elapsed());
+    assert!(failed > last, "{failed} failed after {last} was safe");
+    let status = daemon.end();
+    println!("the daemon ended after {:?}", began.elapsed());
+    let log = daemon.log();
+    assert!(!status.success(), "not everything could be written:\n{log}");
+    assert!(!is_mounted(&place.mount()), "{log}");
+    // Nor does a program without a volume wait for ever.
+    let began = Instant::now();
+    let output = place.pollux(&["identify"]);
+    println!("identify gave up after {:?}", began.elapsed());
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("cntrl"), "{said}");
+}

@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::alloc::{FreeError, Priority, Reservation};
 use crate::batch::{Batch, BatchContext, Changes, Interrupt, Plan};
 use crate::error::FsError;
-use crate::tree::{INNER_CAPACITY, Missing, NodeSpace};
+use crate::tree::{INNER_CAPACITY, Missing, NODE_BLOCKS, NodeSpace};
 use crate::types::{BlockNr, Epoch};
 
 use super::Shard;
@@ -20,6 +20,9 @@ use super::message::{PeerCall, PeerReply};
 
 /// Checkpoints that the search for space may cost: what an epoch frees is reusable when the next is durable.
 const RECLAIM_CHECKPOINTS: u32 = 2;
+
+/// Checkpoints that it may cost while what others have freed would suffice, and they take it first.
+const CONTENDED_CHECKPOINTS: u32 = 100;
 
 /// Times that what gives space back waits for the others of its kind to return what they hold of the reserve.
 const RESERVE_WAITS: u32 = 200;
@@ -313,7 +316,9 @@ impl Shard {
             if priority == Priority::Normal && self.has_deletions() {
                 self.wait_for_deletions().await;
             }
-            if checkpoints == RECLAIM_CHECKPOINTS {
+            // What one waits for others may take first, and free as much in doing so.
+            let comes = self.counter.pinned() >= data_blocks + nodes * NODE_BLOCKS;
+            if checkpoints >= RECLAIM_CHECKPOINTS && (!comes || checkpoints >= CONTENDED_CHECKPOINTS) {
                 // The reserve is shared: whoever else has some of it gives most of it back soon.
                 if priority == Priority::Reserve && waits < RESERVE_WAITS {
                     waits += 1;

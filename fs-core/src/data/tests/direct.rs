@@ -152,3 +152,26 @@ fn mapped_and_direct_writes_of_the_same_blocks_leave_one_of_both() {
         }
     });
 }
+
+#[test]
+fn blocks_that_wait_for_a_checkpoint_are_no_lack_of_space() {
+    const BLOCKS: u64 = 4096;
+    const WRITERS: u64 = 64;
+    let world = World::small(7);
+    world.mounted(|_, client| async move {
+        let inode = client.create("file").await;
+        for first in (0..BLOCKS).step_by(256) {
+            client.write_direct(inode, first * BLOCK_SIZE, &pattern(first, 256 * BLOCK)).await.unwrap();
+        }
+        // Each write frees as much as it takes; together they take several times what is free.
+        let write = async |writer: u64| {
+            let random = Random::new(7, writer);
+            for round in 0..400 {
+                let (at, data) = (random.below(BLOCKS) * BLOCK_SIZE, pattern(round, BLOCK));
+                let written = client.write_direct(inode, at, &data).await;
+                assert_eq!(written, Ok(BLOCK as u32), "writer {writer}, round {round}");
+            }
+        };
+        futures_util::future::join_all((0..WRITERS).map(write)).await;
+    });
+}

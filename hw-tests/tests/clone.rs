@@ -129,3 +129,73 @@ fn cp_of_four_gibibytes_takes_next_to_no_space() -> Result<()> {
     daemon.stop()?;
     fsck_clean(&scratch)
 }
+
+#[test]
+fn pollux_dedupe_shares_what_is_the_same_and_nothing_else() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let daemon = Daemon::up(&scratch, &["--size", "1GiB"])?;
+    let folder = scratch.mount().join("folder");
+    fs::create_dir(&folder)?;
+    let mut random = Random(12);
+    let base = random.bytes((8 << 20) + 777);
+    // The same; the same with a changed block and a head before it; half of it twice; nothing of it; zeroes.
+    let mut moved = random.bytes(64 << 10);
+    moved.extend(&base);
+    moved[5 << 20] ^= 1;
+    let twice = [&base[..1 << 20], &base[..1 << 20]].concat();
+    let files = [
+        ("base", base.clone()),
+        ("folder/same", base.clone()),
+        ("folder/moved", moved),
+        ("folder/twice", twice),
+        ("folder/other", random.bytes(1 << 20)),
+        ("folder/zeroes", vec![0; 1 << 20]),
+    ];
+    for (name, contents) in &files {
+        fs::write(scratch.mount().join(name), contents)?;
+    }
+    let mount = scratch.mount().display().to_string();
+    run(Command::new("sync").arg(scratch.mount().join("base")))?;
+    let synced = || -> Result<()> {
+        let output = pollux(&["sync", &mount])?;
+        ensure!(output.status.success(), "{}", text(&output));
+        Ok(())
+    };
+    synced()?;
+    let before = used(&scratch.mount())?;
+    let told = |arguments: &[&str]| -> Result<serde_json::Value> {
+        let output = pollux(&[&["dedupe", "--json", &mount][..], arguments].concat())?;
+        ensure!(output.status.success(), "{}", text(&output));
+        Ok(serde_json::from_slice(&output.stdout)?)
+    };
+    let dry = told(&["--dry-run"])?;
+    ensure!(
+        dry["shared_bytes"] == 0 && used(&scratch.mount())? == before,
+        "a dry run changes something: {dry}"
+    );
+    let done = told(&[])?;
+    // All but a block of `moved`, all of `same` and of `twice`.
+    let same = (2 * base.len() + (2 << 20) - 4096) as u64;
+    ensure!(dry["same_bytes"] == same && done["same_bytes"] == same, "{done} instead of {same} bytes");
+    ensure!(done["shared_bytes"] == same && done["files"] == 6, "{done}");
+    for (name, contents) in &files {
+        ensure!(read_file(&scratch.mount().join(name))? == *contents, "{name} holds something else");
+    }
+    synced()?;
+    let gained = before.saturating_sub(used(&scratch.mount())?);
+    ensure!(gained * 4096 > same * 9 / 10, "{gained} blocks were gained of {same} bytes");
+    // Another file system, and a file that is none of the volume's.
+    let outside = pollux(&["dedupe", &mount, "/proc/self/status"])?;
+    ensure!(
+        outside.status.code() == Some(1) && text(&outside).contains("another file system"),
+        "{}",
+        text(&outside)
+    );
+    daemon.stop()?;
+    fsck_clean(&scratch)?;
+    let daemon = Daemon::up(&scratch, &[])?;
+    for (name, contents) in &files {
+        ensure!(read_file(&scratch.mount().join(name))? == *contents, "{name} differs after a remount");
+    }
+    daemon.stop()
+}

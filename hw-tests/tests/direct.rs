@@ -91,6 +91,7 @@ fn fio_verifies_direct_writes_at_depth() -> Result<()> {
         "--ioengine=libaio",
         "--iodepth=16",
         "--verify=crc32c",
+        "--verify_state_save=0",
         "--group_reporting",
     ]))?;
     daemon.stop()?;

@@ -105,6 +105,7 @@ fn fio_verifies_random_writes() -> Result<()> {
         "--size=256m",
         "--numjobs=4",
         "--verify=crc32c",
+        "--verify_state_save=0",
         "--ioengine=psync",
         "--group_reporting",
     ]))?;

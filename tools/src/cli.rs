@@ -23,6 +23,7 @@ use crate::failure::Failure;
 
 mod bind;
 mod clone;
+mod dedupe;
 mod dump;
 mod fsck;
 mod identify;
@@ -80,6 +81,7 @@ enum Task {
     Serve(serve::Serve),
     Status(status::Status),
     Clone(clone::Clone),
+    Dedupe(dedupe::Dedupe),
     Relocate(relocate::Relocate),
     Scrub(scrub::Scrub),
     Sync(sync::Sync),
@@ -103,6 +105,7 @@ impl Pollux {
             Task::Serve(serve) => serve.run(),
             Task::Status(status) => status.run(),
             Task::Clone(clone) => clone.run(),
+            Task::Dedupe(dedupe) => dedupe.run(),
             Task::Relocate(relocate) => relocate.run(),
             Task::Scrub(scrub) => scrub.run(),
             Task::Sync(sync) => sync.run(),

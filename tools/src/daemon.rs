@@ -21,8 +21,8 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use fs_core::relocate::{RelocateProgress, RelocateScope};
-use fs_core::request::{Reply, Request, ScrubPlace, SyncScope};
-use fs_core::types::ShardId;
+use fs_core::request::{CloneRange, Reply, Request, ScrubPlace, SyncScope};
+use fs_core::types::{FileOffset, ShardId};
 use fs_core::{FsError, Volume};
 use nix::errno::Errno;
 use nvme::{Controller, LatencyRecording, QueueOptions};
@@ -31,7 +31,7 @@ use serde_json::{Value, json};
 
 use crate::config::Config;
 use crate::control::location;
-use crate::control::protocol::{Command, Progress};
+use crate::control::protocol::{Command, Progress, SharedRange};
 use crate::control::server::{ControlServer, Handler, Tell};
 use crate::device::{self, Device, DeviceSpec};
 use crate::failure::{During, Failure};
@@ -300,6 +300,30 @@ impl Figures {
         })
     }
 
+    fn deduplicate(&self, range: SharedRange) -> Result<Value, String> {
+        if range.length == 0 {
+            return Err("a range of no bytes".to_owned());
+        }
+        let request = Request::Deduplicate(CloneRange {
+            source: crate::fuse::inode_of(range.source),
+            source_offset: FileOffset::new(range.source_offset),
+            target: crate::fuse::inode_of(range.target),
+            target_offset: FileOffset::new(range.target_offset),
+            length: range.length,
+        });
+        match self.volume.call_blocking(request) {
+            Ok(Reply::Deduplicated(shared)) => {
+                Ok(json!({ "same": shared.is_some(), "extents": shared.map_or(0, |shared| shared.extents) }))
+            }
+            Ok(other) => Err(format!("the volume gave a wrong answer: {other:?}")),
+            // Deleted, cut off or written to since the client looked.
+            Err(FsError::NotFound | FsError::Invalid | FsError::IsDirectory) => {
+                Ok(json!({ "same": false, "extents": 0 }))
+            }
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
     fn sync(&self) -> Result<Value, String> {
         let started = Instant::now();
         let request = Request::Sync { inode: Volume::ROOT, scope: SyncScope::Volume };
@@ -360,6 +384,7 @@ impl Handler for Figures {
             Command::Sync => self.sync(),
             Command::Scrub => self.scrub(progress),
             Command::Relocate(scope) => self.relocate(scope, progress),
+            Command::Dedupe(range) => self.deduplicate(range),
         }
     }
 }

@@ -20,3 +20,8 @@ pub use front::{FrontEnd, VolumeFront};
 pub use mount_point::{Absent, MountPoint};
 pub use mount_table::{MountEntry, mounts};
 pub use session::{Extras, Honoured, Mounted, Urgency, collect_mapped_pages};
+
+/// The inode that has this number on the mount.
+pub(crate) fn inode_of(number: u64) -> fs_core::types::InodeNr {
+    translate::inode(fuser::INodeNo(number))
+}

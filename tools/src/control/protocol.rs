@@ -6,15 +6,17 @@
 //! → {"version":1,"command":"sync"}
 //! ← {"version":1,"result":{"took_ns":1234567}}
 //! → {"version":1,"command":"fly"}
-//! ← {"version":1,"error":"unknown command `fly`: this daemon knows status, sync, scrub, relocate"}
+//! ← {"version":1,"error":"unknown command `fly`: this daemon knows status, sync, scrub, relocate, dedupe"}
 //! → {"version":1,"command":"scrub"}
 //! ← {"version":1,"progress":{"done":4096,"total":81920}}
 //! ← {"version":1,"result":{"blocks":81234,"damage":[]}}
 //! → {"version":1,"command":"relocate","group":3}
 //! ← {"version":1,"result":{"groups_emptied":1,…}}
+//! → {"version":1,"command":"dedupe","range":{"source":9,"source_offset":0,"target":10,"target_offset":4096,"length":8192}}
+//! ← {"version":1,"result":{"same":true,"extents":2}}
 //! ```
 //!
-//! `relocate` without a group empties all of them, one after the other.
+//! `dedupe` names files by their inode numbers on the mount. `relocate` without a group empties all of them, one after the other.
 //!
 //! Long work says how far it is, any number of times before its answer. A client that leaves ends it.
 //!
@@ -44,6 +46,24 @@ pub struct ControlRequest {
     /// `relocate`: the group to empty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<u64>,
+    /// `dedupe`: what is to be shared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub range: Option<SharedRange>,
+}
+
+/// Ranges of two files, or of one, that are to share their blocks if they hold the same bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedRange {
+    /// Inode number, on the mount, of the file whose blocks stay.
+    pub source: u64,
+    /// First byte in it.
+    pub source_offset: u64,
+    /// Inode number of the file that gets them.
+    pub target: u64,
+    /// First byte in it.
+    pub target_offset: u64,
+    /// Bytes.
+    pub length: u64,
 }
 
 /// What the daemon answers.
@@ -97,6 +117,8 @@ pub enum Command {
     Scrub,
     /// Everything is moved out of a group, or out of one group after the other.
     Relocate(RelocateScope),
+    /// Two ranges share their blocks, if they hold the same bytes.
+    Dedupe(SharedRange),
 }
 
 impl Command {
@@ -107,6 +129,7 @@ impl Command {
             Self::Sync => "sync",
             Self::Scrub => "scrub",
             Self::Relocate(_) => "relocate",
+            Self::Dedupe(_) => "dedupe",
         }
     }
 
@@ -116,7 +139,11 @@ impl Command {
             Self::Relocate(RelocateScope::Group(group)) => Some(group),
             _ => None,
         };
-        ControlRequest { version: VERSION, command: self.name().into(), group }
+        let range = match self {
+            Self::Dedupe(range) => Some(range),
+            _ => None,
+        };
+        ControlRequest { version: VERSION, command: self.name().into(), group, range }
     }
 
     /// What a request line asks for.
@@ -130,10 +157,14 @@ impl Command {
             return Err(format!("this daemon speaks version {VERSION}, not {}", request.version));
         }
         let scope = request.group.map_or(RelocateScope::All, RelocateScope::Group);
+        if request.command == "dedupe" && request.range.is_none() {
+            return Err("dedupe needs a range".to_owned());
+        }
+        let dedupe = request.range.map(Self::Dedupe);
         let known = [Self::Status, Self::Sync, Self::Scrub, Self::Relocate(scope)];
-        known.into_iter().find(|command| command.name() == request.command).ok_or_else(|| {
+        known.into_iter().chain(dedupe).find(|command| command.name() == request.command).ok_or_else(|| {
             let command = request.command.escape_debug();
-            format!("unknown command `{command}`: this daemon knows status, sync, scrub, relocate")
+            format!("unknown command `{command}`: this daemon knows status, sync, scrub, relocate, dedupe")
         })
     }
 }

@@ -10,7 +10,7 @@ use fs_core::relocate::RelocateScope;
 use serde_json::{Value, json};
 
 use super::client::{ask, ask_and_watch};
-use super::protocol::{Command, Progress, REQUEST_LIMIT};
+use super::protocol::{Command, Progress, REQUEST_LIMIT, SharedRange};
 use super::server::{CLIENT_LIMIT, ControlServer, Handler, Tell};
 
 struct Fake;
@@ -27,6 +27,7 @@ impl Handler for Fake {
                 Ok(json!("done"))
             }
             Command::Relocate(scope) => Ok(json!(format!("{scope:?}"))),
+            Command::Dedupe(range) => Ok(json!(range)),
         }
     }
 }
@@ -81,6 +82,15 @@ fn relocation_is_asked_for_with_its_group_or_for_all_groups() {
         let answer = ask(&fixture.socket(), Command::Relocate(scope)).unwrap();
         assert_eq!(answer, json!(format!("{scope:?}")));
     }
+}
+
+#[test]
+fn deduplication_is_asked_for_with_its_range() {
+    let fixture = Fixture::new();
+    let range = SharedRange { source: 9, source_offset: 0, target: 10, target_offset: 4096, length: 8192 };
+    assert_eq!(ask(&fixture.socket(), Command::Dedupe(range)).unwrap(), json!(range));
+    let parsed = Command::parse(b"{\"version\":1,\"command\":\"dedupe\"}");
+    assert_eq!(parsed, Err("dedupe needs a range".to_owned()));
 }
 
 #[test]

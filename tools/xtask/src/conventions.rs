@@ -1,9 +1,10 @@
-//! House rules that no lint knows: file headers, module names, file sizes.
+//! House rules that no lint knows: file headers, module names, file sizes, nothing large in the repository.
 //!
 //! Owns: the rules and the walk over the sources. Excludes: everything rustfmt, rustc and clippy check already.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::Context;
 
@@ -21,9 +22,12 @@ const SOURCE_FOLDERS: &[&str] =
 const SKIPPED: &[&str] = &["target", "fixtures"];
 const DEPTH_LIMIT: usize = 12;
 
+/// Bytes of a file in the repository at most. A test's leftovers are found here, before everybody has to fetch them.
+const TRACKED_LIMIT: u64 = 1 << 20;
+
 /// Everything that breaks a rule.
 pub(crate) fn problems(root: &Path) -> anyhow::Result<Vec<String>> {
-    let mut problems = Vec::new();
+    let mut problems = large_files(root);
     for folder in SOURCE_FOLDERS {
         let mut files = Vec::new();
         collect(&root.join(folder), 0, &mut files)?;
@@ -35,6 +39,16 @@ pub(crate) fn problems(root: &Path) -> anyhow::Result<Vec<String>> {
         }
     }
     Ok(problems)
+}
+
+/// Files of the repository that are too large; none where the sources are not in one.
+fn large_files(root: &Path) -> Vec<String> {
+    let listed = Command::new("git").args(["ls-files", "-z"]).current_dir(root).output();
+    let listed = listed.ok().filter(|output| output.status.success()).map(|output| output.stdout);
+    let listed = String::from_utf8_lossy(&listed.unwrap_or_default()).into_owned();
+    let size = |name: &str| fs::symlink_metadata(root.join(name)).map_or(0, |found| found.len());
+    let large = listed.split('\0').filter(|name| !name.is_empty() && size(name) > TRACKED_LIMIT);
+    large.map(|name| format!("{name}: {} bytes, more than a repository should hold", size(name))).collect()
 }
 
 fn collect(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> anyhow::Result<()> {

@@ -27,6 +27,9 @@ const SKIPPED: u8 = 77;
 /// How often a running case is looked at.
 const LOOK: Duration = Duration::from_millis(3);
 
+/// How long a killed process may take to be gone; one that waits for a device in the kernel may stay longer.
+const TAKEN_DOWN: Duration = Duration::from_secs(10);
+
 /// Lines of a failed case that are shown; the rest stays out of the way.
 const SHOWN_LINES: usize = 60;
 
@@ -119,12 +122,36 @@ fn judge(status: ExitStatus, output: &str, errors: &str) -> (Outcome, String) {
     }
 }
 
-/// Ends what the case has left running: it and its children share a process group.
+/// Ends what the case has left running: it and its children share a process group. Returns when none of them runs any more, since
+/// a killed process holds its files and mounts until the kernel has taken it down.
 fn end_group(child: &mut Child) {
-    if let Ok(group) = i32::try_from(child.id()) {
-        let _none_left = killpg(Pid::from_raw(group), Signal::SIGKILL);
-    }
+    let Ok(group) = i32::try_from(child.id()) else { return };
+    let _none_left = killpg(Pid::from_raw(group), Signal::SIGKILL);
     let _reaped_before = child.wait();
+    let start = Instant::now();
+    while runs_any(group) {
+        if start.elapsed() > TAKEN_DOWN {
+            eprintln!("a process of group {group} still runs {} s after SIGKILL", TAKEN_DOWN.as_secs());
+            return;
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// Whether a process of `group` still runs. A zombie does not: it only waits for a parent to ask for its exit code.
+fn runs_any(group: i32) -> bool {
+    // The usual case, and a cheap one: all of them are reaped.
+    if killpg(Pid::from_raw(group), None).is_err() {
+        return false;
+    }
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes.filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit()).any(|entry| {
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        // "pid (name) state parent group …", and the name may hold anything (proc_pid_stat(5)).
+        let mut fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields).split(' ');
+        let state = fields.next();
+        fields.nth(1) == Some(&group.to_string()) && !matches!(state, Some("Z" | "X"))
+    })
 }
 
 /// Detaches what is mounted below `directory`, the innermost first.
@@ -224,7 +251,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("pid");
         let script = format!("sleep 1000 & echo $! > {}; wait", file.display());
-        let hung = line(&script, Duration::from_millis(700));
+        // A busy machine may take its time to start the shell.
+        let hung = [700, 5_000, 30_000].map(Duration::from_millis).into_iter();
+        let hung = hung.map(|deadline| line(&script, deadline)).find(|_| file.exists()).unwrap();
         assert_eq!(hung.outcome, Outcome::Failed);
         assert!(hung.reason.contains("hung"), "{}", hung.reason);
         let child = fs::read_to_string(&file).unwrap();

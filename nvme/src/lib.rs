@@ -57,7 +57,8 @@ pub use open::{OpenError, OpenOptions, open};
 pub use pci::PciAddress;
 pub use queue::ProtocolError;
 pub use queue_pair::{
-    Interrupts, LatencyRecording, NvmAbilities, NvmRequest, QueueOptions, QueuePair, RejectedNvm,
+    Interrupts, LatencyRecording, NvmAbilities, NvmRequest, QueueOptions, QueuePair, RUN, RUN_LOOKS,
+    RUNS_FROM, RejectedNvm, Taking,
 };
 pub use recovery::REVIVAL_ATTEMPTS;
 pub use sgl::DataPointers;

@@ -32,6 +32,9 @@ use crate::transport::{Transport, TransportError, aligned};
 /// Fewest completion queue entries beyond the submission queue's, if the controller allows them: see [`Queue::ring_completions`].
 pub(crate) const MIN_SLACK: u32 = 32;
 
+/// Completions in a cache line of the processors that this runs on.
+const ENTRIES_PER_LINE: u32 = 64 / CQE_BYTES as u32;
+
 /// Dwords of a completion.
 const CQE_DWORDS: usize = CQE_BYTES / 4;
 
@@ -231,6 +234,22 @@ impl Queue {
     #[inline]
     pub(crate) fn has_completion(&self) -> bool {
         let [.., last] = self.next_entry();
+        self.has_phase(last.load(Ordering::Relaxed))
+    }
+
+    /// How many entries a run has that begins with the next one: at most `most`, so that it ends with a cache line, or with the ring.
+    #[inline]
+    pub(crate) fn run_of(&self, most: u32) -> u32 {
+        let head = self.cq.head();
+        let end = (head + most) / ENTRIES_PER_LINE * ENTRIES_PER_LINE;
+        let end = if end > head { end } else { head + most };
+        end.min(self.cq.entries()) - head
+    }
+
+    /// Whether the device has written the last entry of a run of `entries` from [`Self::run_of`]. It writes them in order.
+    #[inline]
+    pub(crate) fn has_run(&self, entries: u32) -> bool {
+        let [.., last] = self.cq_memory.entry_32::<CQE_DWORDS>(self.cq.head() + entries - 1);
         self.has_phase(last.load(Ordering::Relaxed))
     }
 

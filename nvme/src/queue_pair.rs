@@ -54,7 +54,7 @@ use crate::transport::Listen;
 use crate::wake::Wake;
 use build::CommandBuilder;
 pub use nvm::{NvmAbilities, NvmRequest, RejectedNvm};
-pub use options::{Interrupts, LatencyRecording, QueueOptions};
+pub use options::{Interrupts, LatencyRecording, QueueOptions, RUN, RUN_LOOKS, RUNS_FROM, Taking};
 use recover::{Aborting, Stage, Watch, Watchdog};
 pub use recover::{MAX_RESETS, MAX_RETRIES, MAX_TIMEOUTS};
 use usual::{Broken, Simple};
@@ -92,6 +92,7 @@ pub struct QueuePair {
     latencies: Option<Arc<Latencies>>,
     counters: Arc<QueueCounters>,
     watchdog: Watchdog,
+    taking: Taking,
     wake: Option<(Wake, u16)>,
     listening: bool,
     /// Requests that are repeated after a delay, with the time from which on.
@@ -450,6 +451,21 @@ impl QueuePair {
         }
     }
 
+    /// Waits, for a moment at most, until a run of completions is complete, if it may. Returns how many to take.
+    fn await_run(&self, budget: usize) -> usize {
+        if self.requests_in_flight() < RUNS_FROM {
+            return budget;
+        }
+        let run = self.queue.run_of(RUN);
+        for _ in 0..RUN_LOOKS {
+            if self.queue.has_run(run) {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        budget.min(run as usize)
+    }
+
     fn stop_listening(&mut self) {
         self.listening = false;
         if let Some((_, vector)) = &self.wake {
@@ -498,6 +514,7 @@ impl BlockDevice for QueuePair {
             return self.unusual_round(budget, sink);
         }
         self.watchdog_tick();
+        let budget = if self.taking == Taking::InRuns { self.await_run(budget) } else { budget };
         match self.take_completions(budget, sink) {
             Ok(delivered) => {
                 // Failed commands line up to be repeated.

@@ -87,6 +87,7 @@ impl QueuePair {
                 timeout: options.command_timeout,
                 interval,
             },
+            taking: options.taking,
             wake: wake.zip(vector),
             listening: false,
             delayed: Vec::with_capacity(usize::from(slots)),

@@ -147,6 +147,44 @@ fn the_device_always_has_room_for_every_completion_that_may_come() {
 }
 
 #[test]
+fn runs_end_with_a_cache_line_and_nothing_waits_for_what_does_not_come() {
+    let mut script = Script::default();
+    script.cap.set_mqes_z(255);
+    let mut bench = Bench::new(script, &QueueOptions { taking: Taking::InRuns, ..options(100) });
+    let read_until_full = |bench: &mut Bench, next: &mut u64| {
+        while bench.queue.in_flight() < 100 {
+            bench.read(*next, *next % 100, BLOCK);
+            *next += 1;
+        }
+        bench.queue.ring();
+    };
+    let (mut next, mut expected, mut lengths) = (0, 0, Vec::new());
+    for round in 0..300u64 {
+        read_until_full(&mut bench, &mut next);
+        for command in bench.commands().iter().take(round as usize % 40) {
+            bench.fake.complete(1, command.command_id(), Status::SUCCESS);
+        }
+        let done = bench.poll();
+        for (at, completion) in done.iter().enumerate() {
+            assert_eq!(completion.tag.0, expected + at as u64, "in the device's order");
+        }
+        expected += done.len() as u64;
+        lengths.push(done.len());
+    }
+    assert_eq!(lengths[1..4], [1, 2, 3], "fewer than a run are handed out, too");
+    assert!(lengths.iter().all(|length| *length <= RUN as usize));
+    // Behind a full run the next one begins with a line, unless the ring ended: its entries are no multiple of a line's.
+    assert!(lengths.iter().filter(|length| **length == RUN as usize).count() > 100);
+    bench.fake.complete_all(1);
+    let mut rest = 0;
+    while bench.queue.in_flight() >= RUNS_FROM {
+        rest += bench.poll().len();
+    }
+    assert!(bench.poll().len() > RUN as usize, "few commands in flight: no runs");
+    assert!(rest > 0 && bench.queue.in_flight() == 0);
+}
+
+#[test]
 fn completions_in_any_order_over_many_laps() {
     let mut bench = Bench::small();
     let mut outstanding = std::collections::BTreeSet::new();

@@ -15,7 +15,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
-use nvme::{Controller, Interrupts, LatencyRecording, QueueOptions, QueuePair};
+use nvme::{Controller, Interrupts, LatencyRecording, QueueOptions, QueuePair, Taking};
 use reactor::block::{BlockDevice, Durability, IoError, Lba, OpTag, RejectReason, Rejected, Request};
 use reactor::{Clock, CoreId, DmaBuffer, Instant, Random, SystemClock};
 
@@ -284,6 +284,7 @@ impl Lane {
             max_transfer: default.max_transfer.max(bytes),
             interrupts: Interrupts::Disabled,
             latency: LatencyRecording::Off,
+            taking: Taking::InRuns,
             ..default
         };
         let queue = controller.create_queue(&options).map_err(|error| LoadError::Queue { core, error })?;

@@ -21,7 +21,7 @@ use thiserror::Error;
 
 pub use address::{PciAddress, PciAddressError, PciAddressProblem};
 pub use bind::{BindError, Outcome as BindOutcome, Plan as BindPlan, Step as BindStep, bind, unbind};
-pub use group::{GroupMember, IommuGroup, group};
+pub use group::{GroupMember, IommuGroup, group, vfio_nodes};
 use in_use::Uses;
 pub use in_use::{BlockDevice, InUse};
 pub use open_files::who_has_open;

@@ -136,14 +136,23 @@ fn image(directory: &Path, name: &str, bytes: u64) -> Result<PathBuf> {
 
 /// Steps that several cases take.
 impl Guest {
-    /// The controller is vfio-pci's afterwards; the group's number is returned.
-    fn bind(&mut self, address: &str) -> Result<String> {
-        self.ok(&format!("pollux bind {address}"))?;
-        let group = self.ok(&format!("basename $(readlink /sys/bus/pci/devices/{address}/iommu_group)"))?;
-        let group = group.trim().to_owned();
-        self.ok(&format!("test -c /dev/vfio/{group}"))?;
+    /// The controller is vfio-pci's afterwards; its nodes are returned: its group's, or those of iommufd.
+    fn bind(&mut self, address: &str) -> Result<Vec<String>> {
+        let said = self.ok(&format!("pollux bind {address}"))?;
+        let function = format!("/sys/bus/pci/devices/{address}");
+        let script = format!(
+            "group=/dev/vfio/$(basename $(readlink {function}/iommu_group)); \
+             if test -c $group; then echo $group; \
+             else echo /dev/vfio/devices/$(ls {function}/vfio-dev) /dev/iommu; fi"
+        );
+        let nodes = self.ok(&script)?;
+        let nodes: Vec<String> = nodes.split_whitespace().map(str::to_owned).collect();
+        for node in &nodes {
+            self.ok(&format!("test -c {node}"))?;
+            ensure!(said.contains(node), "`pollux bind` does not name {node}: {said}");
+        }
         ensure!(self.driver(address)? == "vfio-pci", "{address} is not bound to vfio-pci");
-        Ok(group)
+        Ok(nodes)
     }
 
     /// The controller is the kernel's afterwards, with a block device, whose name is returned.

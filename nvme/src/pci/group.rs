@@ -2,12 +2,29 @@
 //!
 //! Excludes: what a group's node in `/dev` allows.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use super::{NVME_CLASS, PciAddress, PciError, Sysfs, driver, entries, hex, is_vfio_driver, link_name, text};
 
 /// Base class and subclass of PCI bridges, which may keep their driver.
 const BRIDGE_CLASS: u32 = 0x06_04;
+
+/// Nodes that a program must be allowed to open for a controller that is bound to vfio-pci: its group's; or, where the kernel was
+/// built with nodes for devices alone, the device's own and iommufd's. Empty while they are not there (yet).
+pub fn vfio_nodes(sysfs: &Sysfs, address: PciAddress, group: u32) -> Vec<PathBuf> {
+    let of_group = sysfs.dev(format!("vfio/{group}"));
+    if of_group.exists() {
+        return vec![of_group];
+    }
+    let iommufd = sysfs.dev("iommu");
+    let devices = fs::read_dir(sysfs.function(address).join("vfio-dev")).into_iter().flatten().flatten();
+    let mut nodes = devices.map(|entry| sysfs.dev("vfio/devices").join(entry.file_name()));
+    match nodes.find(|node| node.exists()) {
+        Some(node) if iommufd.exists() => vec![node, iommufd],
+        _ => Vec::new(),
+    }
+}
 
 /// A group and what is in it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -281,6 +281,12 @@ impl Opening<'_> {
         let device = self.open_node(&way.node)?;
         let iommufd = self.open_node(iommufd)?;
         let attached = Iommufd::open(Arc::new(Linux), iommufd, device.as_fd()).map_err(|refused| {
+            // Everybody may open the node, the first binds the device: EINVAL for the others.
+            if matches!(refused.errno, Errno::EBUSY | Errno::EINVAL)
+                && let Some(by) = checks::others(self.sysfs, &way.node)
+            {
+                return VfioError::Busy { address: self.address, node: way.node.clone(), by };
+            }
             let hint = match refused.errno {
                 Errno::EBUSY | Errno::EINVAL => HINT_TAKEN,
                 Errno::EPERM => HINT_INTERRUPTS,

@@ -2,9 +2,8 @@
 //!
 //! Owns: the command lines, and giving a group's node to a user. What is done to the drivers is in [`nvme::pci`].
 
-use std::io;
 use std::os::unix::fs::chown;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -31,7 +30,7 @@ If a step fails, everything is put back as it was. Doing it twice does nothing.
 
 The driver that it had is remembered in /run/pollux/bind until `pollux unbind`.
 --user gives the group's node (/dev/vfio/GROUP) to a user until it goes away; a udev rule does that for good
-(docs/hardware.md).
+(docs/hardware.md). On a kernel without nodes for groups these are the device's own and /dev/iommu.
 
 Exit codes: 0 bound, 1 refused or failed, 2 the command line makes no sense.
 
@@ -47,7 +46,7 @@ pub(super) struct Bind {
     #[arg(long)]
     dry_run: bool,
 
-    /// Give the group's node to this user: a name or a number
+    /// Give the node to this user: a name or a number
     #[arg(long, value_name = "USER", value_parser = parse_user)]
     user: Option<Owner>,
 }
@@ -60,7 +59,7 @@ impl Bind {
         if self.dry_run {
             show(&plan, "already bound to vfio-pci");
             if let Some(owner) = &self.user {
-                outln!("  /dev/vfio/GROUP is given to {}", owner.name);
+                outln!("  its node in /dev/vfio is given to {}", owner.name);
             }
             return Ok(());
         }
@@ -75,7 +74,7 @@ impl Bind {
         Ok(())
     }
 
-    /// Gives the node to the user, and says where it is.
+    /// Gives the nodes to the user, and says where they are.
     fn hand_over(&self, sysfs: &Sysfs, found: &PciController) -> Result<(), Failure> {
         let address = found.address;
         let driver = found.driver.as_deref().unwrap_or("no driver");
@@ -83,23 +82,55 @@ impl Bind {
             outln!("{address}: bound to {driver}");
             return Ok(());
         };
-        let node = sysfs.dev("vfio").join(group.to_string());
-        match &self.user {
-            None => outln!("{address}: bound to {driver}; its node is {}", node.display()),
-            Some(owner) => {
-                let given = give(&node, owner).map_err(|error| {
-                    Failure::new(format!(
-                        "{address}: bound to {driver}, but cannot give {} to {}: {error}",
-                        node.display(),
-                        owner.name
-                    ))
-                    .remedy(format!("as root: chown {} {}", owner.name, node.display()))
-                });
-                given?;
-                outln!("{address}: bound to {driver}; its node {} belongs to {}", node.display(), owner.name);
-            }
+        let nodes = await_nodes(sysfs, address, group);
+        let named: Vec<String> = nodes.iter().map(|node| node.display().to_string()).collect();
+        let named = named.join(" and ");
+        if nodes.is_empty() {
+            let group = sysfs.dev("vfio").join(group.to_string());
+            return Err(Failure::new(format!(
+                "{address}: bound to {driver}, but neither {} nor a node below {} has appeared",
+                group.display(),
+                sysfs.dev("vfio/devices").display()
+            ))
+            .remedy("see `dmesg | tail`, and whether devtmpfs is mounted on /dev"));
         }
+        let Some(owner) = &self.user else {
+            outln!("{address}: bound to {driver}; {}", belongs(&nodes, &named, ""));
+            return Ok(());
+        };
+        for node in &nodes {
+            chown(node, Some(owner.uid.as_raw()), owner.gid.map(Gid::as_raw)).map_err(|error| {
+                let (node, name) = (node.display(), &owner.name);
+                Failure::new(format!(
+                    "{address}: bound to {driver}, but cannot give {node} to {name}: {error}"
+                ))
+                .remedy(format!("as root: chown {name} {node}"))
+            })?;
+        }
+        outln!("{address}: bound to {driver}; {}", belongs(&nodes, &named, &owner.name));
         Ok(())
+    }
+}
+
+/// What is said of a controller's nodes.
+fn belongs(nodes: &[PathBuf], named: &str, owner: &str) -> String {
+    match (nodes.len(), owner) {
+        (1, "") => format!("its node is {named}"),
+        (_, "") => format!("its nodes are {named}"),
+        (1, owner) => format!("its node {named} belongs to {owner}"),
+        (_, owner) => format!("its nodes {named} belong to {owner}"),
+    }
+}
+
+/// A controller's nodes, which may be about to appear; empty if they do not.
+fn await_nodes(sysfs: &Sysfs, address: PciAddress, group: u32) -> Vec<PathBuf> {
+    let deadline = Instant::now() + NODE_DEADLINE;
+    loop {
+        let nodes = pci::vfio_nodes(sysfs, address, group);
+        if !nodes.is_empty() || Instant::now() > deadline {
+            return nodes;
+        }
+        std::thread::sleep(NODE_POLL);
     }
 }
 
@@ -185,24 +216,8 @@ fn parse_user(text: &str) -> Result<Owner, String> {
     }
 }
 
-/// Changes the owner of a node, which may be about to appear.
-fn give(node: &Path, owner: &Owner) -> io::Result<()> {
-    let deadline = Instant::now() + NODE_DEADLINE;
-    loop {
-        match chown(node, Some(owner.uid.as_raw()), owner.gid.map(Gid::as_raw)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound && Instant::now() < deadline => {
-                std::thread::sleep(NODE_POLL);
-            }
-            result => return result,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-    use std::path::PathBuf;
-
     use super::*;
 
     #[test]
@@ -213,14 +228,21 @@ mod tests {
     }
 
     #[test]
-    fn node_is_waited_for_and_given_to_its_user() {
-        let directory = tempfile::tempdir().unwrap();
-        let node: PathBuf = directory.path().join("7");
-        let own = std::fs::metadata(directory.path()).unwrap().uid();
+    fn nodes_are_waited_for() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(root.path().join("dev/vfio")).unwrap();
+        let node = root.path().join("dev/vfio/7");
         let appearing = node.clone();
         let maker = std::thread::spawn(move || std::fs::write(appearing, "").unwrap());
-        give(&node, &Owner { name: "me".to_owned(), uid: Uid::from_raw(own), gid: None }).unwrap();
+        let nodes = await_nodes(&Sysfs::under(root.path()), "0000:01:00.0".parse().unwrap(), 7);
         maker.join().unwrap();
-        assert_eq!(std::fs::metadata(&node).unwrap().uid(), own);
+        assert_eq!(nodes, [node]);
+    }
+
+    #[test]
+    fn one_node_or_two_are_named() {
+        let nodes = ["/dev/vfio/devices/vfio0", "/dev/iommu"].map(PathBuf::from);
+        assert_eq!(belongs(&nodes[..1], "A", ""), "its node is A");
+        assert_eq!(belongs(&nodes, "A and B", "me"), "its nodes A and B belong to me");
     }
 }

@@ -17,12 +17,19 @@ fn as_user(lockable_kib: u32, script: &str) -> String {
 }
 
 fn owner(guest: &mut Guest) -> Result<()> {
-    let group = guest.bind(DRIVE)?;
+    let nodes = guest.bind(DRIVE)?;
     let device = format!("pci:{DRIVE}");
     let identify = as_user(ENOUGH_KIB, &format!("pollux identify --json --device {device}"));
-    guest.refused(&identify, &[&format!("no permission for /dev/vfio/{group}"), "chown"])?;
+    // With iommufd two nodes are needed, one as well as the other.
+    for node in &nodes {
+        guest.refused(&identify, &[&format!("no permission for {node}"), "chown"])?;
+        guest.ok(&format!("chown {USER} {node}"))?;
+    }
+    guest.json(&identify)?;
+    guest.unbind(DRIVE)?;
+    guest.ok("test ! -c /dev/iommu || chown root /dev/iommu")?;
+    guest.ok(&format!("pollux bind --user {USER} {DRIVE} | grep 'belongs\\? to {USER}'"))?;
     guest.refused(&as_user(ENOUGH_KIB, &format!("pollux unbind {DRIVE}")), &["root"])?;
-    guest.ok(&format!("chown {USER} /dev/vfio/{group}"))?;
     guest.json(&identify)?;
     let load = format!("pollux perf --json --device {device} --rw randread --bs 4k --iodepth 32 --runtime 1");
     let reads = guest.json(&as_user(ENOUGH_KIB, &load))?;
@@ -56,8 +63,8 @@ fn mount(guest: &mut Guest, device: &str) -> Result<()> {
 }
 
 fn too_little(guest: &mut Guest) -> Result<()> {
-    let group = guest.bind(DRIVE)?;
-    guest.ok(&format!("chown {USER} /dev/vfio/{group}"))?;
+    let nodes = guest.bind(DRIVE)?;
+    guest.ok(&format!("chown {USER} {}", nodes.join(" ")))?;
     let identify = format!("pollux identify --device pci:{DRIVE}");
     guest.refused(&as_user(64, &identify), &["RLIMIT_MEMLOCK", "65536", "ulimit -l"])?;
     // Enough to open it, not for the buffers of a queue.

@@ -69,7 +69,7 @@ pub(super) fn survives(environment: &Environment) -> Result<Verdict> {
 }
 
 /// Contents of file `$1`, also when it is checked.
-const CONTENTS: &str = "contents() { echo \"file $1\"; head -c $(($1 * 977 % 20000)) /modules/e1000.ko; }\n";
+const CONTENTS: &str = "contents() { echo \"file $1\"; head -c $(($1 * 977 % 20000)) /bin/busybox; }\n";
 
 fn work_and_die(environment: &Environment, directory: &Path) -> Result<(PathBuf, Vec<Acknowledgement>)> {
     let drive = image(directory, "drive", DRIVE_BYTES)?;

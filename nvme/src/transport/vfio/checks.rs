@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io;
+use std::mem;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -48,23 +49,14 @@ pub(super) fn check(sysfs: &Sysfs, address: PciAddress) -> Result<Way, VfioError
         return Err(VfioError::WithoutIommu { address, group });
     }
     found.check_viable(&[address])?;
-    let node = sysfs.dev(format!("vfio/{group}"));
-    if node.exists() {
-        return Ok(Way { group, node, through: Through::Container });
+    match &mut *pci::vfio_nodes(sysfs, address, group) {
+        [node, iommufd] => {
+            let (node, iommufd) = (mem::take(node), mem::take(iommufd));
+            Ok(Way { group, node, through: Through::Iommufd(iommufd) })
+        }
+        [node] => Ok(Way { group, node: mem::take(node), through: Through::Container }),
+        _ => Err(VfioError::NoNode { address, node: sysfs.dev(format!("vfio/{group}")) }),
     }
-    // Kernels may be built without nodes for groups, but with one for each device.
-    let iommufd = sysfs.dev("iommu");
-    match device_node(sysfs, address).filter(|_| iommufd.exists()) {
-        Some(node) => Ok(Way { group, node, through: Through::Iommufd(iommufd) }),
-        None => Err(VfioError::NoNode { address, node }),
-    }
-}
-
-/// The node of a device itself (`vfio-dev/vfioN` in its directory), if the kernel has such nodes.
-fn device_node(sysfs: &Sysfs, address: PciAddress) -> Option<PathBuf> {
-    let entries = fs::read_dir(sysfs.function(address).join("vfio-dev")).ok()?;
-    let names = entries.flatten().map(|entry| sysfs.dev("vfio/devices").join(entry.file_name()));
-    names.into_iter().find(|node| node.exists())
 }
 
 fn check_driver(controller: &PciController) -> Result<(), VfioError> {
@@ -88,17 +80,24 @@ pub(super) fn refused(sysfs: &Sysfs, address: PciAddress, node: &Path, error: io
         Some(Errno::EACCES | Errno::EPERM) => VfioError::Permission { address, node },
         Some(Errno::ENOENT | Errno::ENODEV) => VfioError::NoNode { address, node },
         Some(Errno::EBUSY) => {
-            let holders: Vec<String> =
-                pci::who_has_open(sysfs, &node).iter().filter_map(program_of).collect();
-            let by = if holders.is_empty() {
-                "another program (run this as root to see which)".to_owned()
-            } else {
-                holders.join(", ")
-            };
+            let by =
+                others(sysfs, &node).unwrap_or("another program (run this as root to see which)".to_owned());
             VfioError::Busy { address, node, by }
         }
         _ => VfioError::Open { address, node, source: error },
     }
+}
+
+/// The other programs that have a node open, as far as they can be seen.
+pub(super) fn others(sysfs: &Sysfs, node: &Path) -> Option<String> {
+    let own = std::process::id();
+    let holders = pci::who_has_open(sysfs, node);
+    let named: Vec<String> = holders
+        .iter()
+        .filter(|open| !matches!(open, InUse::Open { pid, .. } if *pid == own))
+        .filter_map(program_of)
+        .collect();
+    (!named.is_empty()).then(|| named.join(", "))
 }
 
 fn program_of(open: &InUse) -> Option<String> {
@@ -205,6 +204,20 @@ mod tests {
         system.write("dev/vfio/7", "");
         let both = check(&system.sysfs(), address()).unwrap();
         assert_eq!(both.through, Through::Container, "the group's way is the one that was proved");
+    }
+
+    /// A device's own node is opened by everybody; who was second learns it when the device is bound to iommufd.
+    #[test]
+    fn the_others_that_have_a_node_open_are_named_and_this_program_is_not() {
+        let system = FakeSystem::new();
+        let node = system.sysfs().dev("vfio/devices/vfio3");
+        for (pid, program) in [(77, "qemu"), (std::process::id(), "pollux")] {
+            system.write(&format!("proc/{pid}/comm"), program);
+            system.link(&format!("proc/{pid}/fd/5"), &node.to_string_lossy());
+            let others = others(&system.sysfs(), &node);
+            assert_eq!(others.as_deref(), Some("process 77 (qemu)"));
+        }
+        assert_eq!(others(&system.sysfs(), &system.sysfs().dev("vfio/devices/vfio4")), None);
     }
 
     #[test]

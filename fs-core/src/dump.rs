@@ -9,6 +9,7 @@
 
 mod items;
 
+
 use std::io::{self, Write};
 
 use reactor::Context;
@@ -258,7 +259,7 @@ impl Dump<'_> {
                 continue;
             }
             let address = expected.ptr.address;
-            let image = match crate::fsck::read_image(&self.disk, address).await {
+            let image = match crate::log::state::read_image(&self.disk, address).await {
                 Ok(image) => image,
                 Err(error) => {
                     self.damage(format_args!("shard {shard}: node at block {address}: {error}"))?;

@@ -4,7 +4,7 @@
 //!
 //! | pass | reads | checks |
 //! |---|---|---|
-//! | groups | every bitmap | checksums, owners, the digest in the superblock |
+//! | groups | every bitmap, the intent log | checksums, owners, the digest in the superblock |
 //! | trees | every node of every shard, in key order | nodes against their parents; items against their keys; every inode against its record; runs against references; marks every block reached |
 //! | details | the same again, if extents and back-references, or the two kinds of directory entries, differ | which ones |
 //! | loans | memory | what is lent against what is borrowed, across shards |
@@ -14,8 +14,9 @@
 //! Memory: two digests of constant size for extents and back-references, 32 bytes an inode and 24 a name, one bit for
 //! each block of groups in use.
 //!
-//! A volume that was not unmounted is clean: every superblock describes a whole state. It is that state which is
-//! checked; of the intent log, which leads on from it, it is checked that every entry can be read and follows the one before.
+//! A volume that was not unmounted is clean: the superblock and its log describe a whole state, the one that the next mount
+//! begins with. That state is checked: the log's items are laid over those of the trees, in memory, and its blocks over the
+//! bitmaps (`crate::log::state`). Of a log that is damaged it is what comes before the damage, as for a mount.
 //! What a crash may leave behind (a torn slot that nobody needs) is a note, not a finding.
 //!
 //! Every byte is input: nothing here panics on it, and every loop is bounded by what lies on the device.
@@ -39,6 +40,7 @@ use crate::format::extent::{self, BACKREF, Backref, EXTENT, Extent, ExtentKind, 
 use crate::format::items::{DIR_HASH, DIR_SEQ, HashEntry, SequenceEntry};
 use crate::format::node::{Expected, Key, NodeImage};
 use crate::log::read_log;
+use crate::log::state::{Replayed, read_image};
 use crate::superblock::{self, Superblock, SuperblockError};
 use crate::tree::{NODE_BLOCKS, Walk};
 use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, InodeNr, ShardId};
@@ -49,7 +51,7 @@ use names::Names;
 use pairs::{BUCKETS, DigestKey, Pairs, Reference};
 use physical::{RunNature, Sweep};
 use scan::{DataRun, Scan, Tables};
-use space::SpaceMap;
+use space::{LogChange, SpaceMap};
 
 /// Nodes between two calls of the progress function.
 const PROGRESS_NODES: u64 = 64;
@@ -190,8 +192,9 @@ pub async fn check_with(
         key,
         data,
         complete: true,
+        log: Replayed::default(),
     };
-    notes.extend(checker.check_log().await);
+    notes.extend(checker.read_log().await);
     for shard in (0..shards).filter_map(ShardId::new) {
         checker.scan_shard(shard, progress).await;
     }
@@ -202,7 +205,9 @@ pub async fn check_with(
         progress(report(Phase::Names, 0, None));
         std::mem::take(&mut checker.names).check(&mut checker.findings);
         let mut space_progress = |done, total| progress(report(Phase::Space, done, Some(total)));
-        checker.space.compare(&disk, &superblock, &mut checker.findings, &mut space_progress).await;
+        let change = LogChange::new(&checker.space, &checker.log, &mut checker.findings);
+        let superblock = &superblock;
+        checker.space.compare(&disk, superblock, change, &mut checker.findings, &mut space_progress).await;
     } else {
         notes.push(
             "part of the trees cannot be read: links, references and free space were not compared".to_owned(),
@@ -226,11 +231,13 @@ struct Checker<'a> {
     data: DataCheck,
     /// Every node could be read: what is not there does not exist.
     complete: bool,
+    /// What the log makes of the trees.
+    log: Replayed,
 }
 
 impl Checker<'_> {
-    /// Marks the log's blocks and reads its entries. Returns what the next mount is going to replay.
-    async fn check_log(&mut self) -> Option<String> {
+    /// Marks the log's blocks, and takes its entries for what follows. Returns what the next mount is going to replay.
+    async fn read_log(&mut self) -> Option<String> {
         let area = self.superblock.log?;
         for start in area.segments {
             self.space.mark(start, BlockCount::new(u64::from(area.blocks)), User::Log, &mut self.findings);
@@ -239,11 +246,15 @@ impl Checker<'_> {
         if let Some(what) = log.damage.clone() {
             self.findings.add(Finding::Log { what });
         }
-        let last = log.last_epoch()?;
+        match Replayed::new(self.superblock, &log) {
+            Ok(replayed) => self.log = replayed,
+            Err(error) => self.findings.add(Finding::Log { what: format!("the intent log: {error}") }),
+        }
+        let (entries, last) = self.log.reach()?;
+        let stored = self.superblock.epoch;
         Some(format!(
-            "the next mount replays {} entries of the intent log, to epoch {last}; what was checked is epoch {}",
-            log.entries.len(),
-            self.superblock.epoch
+            "the intent log was replayed in memory, {entries} entries from epoch {stored} to {last}: what was checked is what \
+             the next mount finds"
         ))
     }
 
@@ -262,10 +273,12 @@ impl Checker<'_> {
             };
             match walk.supply(&image) {
                 Ok(node) => {
+                    let log = std::mem::take(&mut self.log);
                     let mut tables = tables(self);
-                    for (key, value) in node.items() {
+                    for (key, value) in log.items(shard, &node) {
                         scan.item(key, value, &mut tables);
                     }
+                    self.log = log;
                 }
                 Err(error) => {
                     let (address, level) = (expected.ptr.address, expected.level);
@@ -281,11 +294,12 @@ impl Checker<'_> {
         if !self.complete {
             return;
         }
-        if inodes != record.inodes {
-            self.findings.add(Finding::InodeCount { shard, stored: record.inodes, counted: inodes });
+        let (next, stored) = self.log.counters(self.superblock, shard);
+        if inodes != stored {
+            self.findings.add(Finding::InodeCount { shard, stored, counted: inodes });
         }
-        if let Some(inode) = highest.filter(|inode| inode.sequence() >= record.next_inode) {
-            self.findings.add(Finding::NextInode { shard, next: record.next_inode, inode });
+        if let Some(inode) = highest.filter(|inode| inode.sequence() >= next) {
+            self.findings.add(Finding::NextInode { shard, next, inode });
         }
     }
 
@@ -340,7 +354,7 @@ impl Checker<'_> {
                 // Every node was read before; one that cannot be any more leaves its differences unnamed.
                 let Ok(image) = read_image(self.disk, expected.ptr.address).await else { continue };
                 let Ok(node) = walk.supply(&image) else { continue };
-                for (key, value) in node.items() {
+                for (key, value) in self.log.items(shard, &node) {
                     details.item(key, value);
                 }
             }
@@ -363,17 +377,6 @@ fn tables<'a>(checker: &'a mut Checker<'_>) -> Tables<'a> {
         hash_seed: &checker.superblock.hash_seed,
         data: checker.data,
     }
-}
-
-/// Reads the blocks of a node.
-pub(crate) async fn read_image(
-    disk: &VolumeDisk,
-    address: BlockNr,
-) -> Result<Box<NodeImage>, crate::FsError> {
-    let bytes = disk.read(address, BlockCount::new(NODE_BLOCKS)).await?;
-    let mut image = crate::format::node::zeroed_image();
-    image.copy_from_slice(&bytes);
-    Ok(image)
 }
 
 /// An entry of a directory whose two kinds of entries differ: directory, sequence, name, inode, kind.

@@ -210,5 +210,6 @@ fn told(superblock: &Superblock, position: usize, sequence: u64, what: &str) -> 
     format!("the intent log is damaged: entry {sequence} at block {block}: {what}")
 }
 
+pub(crate) mod state;
 #[cfg(test)]
 mod tests;

@@ -2,7 +2,8 @@
 //!
 //! Owns: [`SpaceMap`]: every block that a tree reaches is marked once; at the end the marks are compared with each
 //! group's bitmap, which is read again for that, so that one bitmap is in memory at a time. Groups that nothing
-//! reaches take no memory.
+//! reaches take no memory. [`LogChange`]: what the intent log makes of the bitmaps, by the rules of a mount: all that it
+//! uses was free, and it names none of it twice; what it gives back was in use.
 //!
 //! Excludes: who reaches what.
 
@@ -13,6 +14,7 @@ use crate::alloc::{GroupWarning, ReadGroupsError, read_group};
 use crate::disk::VolumeDisk;
 use crate::format::group::VolumeLayout;
 use crate::format::superblock::Superblock;
+use crate::log::state::Replayed;
 use crate::types::{BlockCount, BlockNr, ShardId};
 
 use super::finding::{Finding, Findings, User};
@@ -61,6 +63,16 @@ impl SpaceMap {
     /// The group that a block lies in, whether it exists or not.
     pub(super) fn group_of(&self, block: BlockNr) -> u64 {
         block.get() >> self.layout.group_shift()
+    }
+
+    /// The group of `shard` that all these blocks lie in, and their bits in its bitmap. A group whose owner is not known
+    /// may be anybody's.
+    fn in_one_group(&self, shard: ShardId, start: BlockNr, count: BlockCount) -> Option<(u64, Range<usize>)> {
+        let number = self.layout.group_of(start)?;
+        let bit = start.get() - self.layout.group_start(number).get();
+        let end = bit.checked_add(count.get()).filter(|end| *end <= self.layout.group_blocks(number))?;
+        let owner = self.owners.get(usize::try_from(number).ok()?)?;
+        owner.is_none_or(|owner| owner == shard).then_some((number, bit as usize..end as usize))
     }
 
     /// Marks blocks as used by `user`. `false` if they do not lie in the volume.
@@ -120,6 +132,7 @@ impl SpaceMap {
         &self,
         disk: &VolumeDisk,
         superblock: &Superblock,
+        mut change: LogChange,
         findings: &mut Findings,
         progress: &mut dyn FnMut(u64, u64),
     ) {
@@ -129,7 +142,12 @@ impl SpaceMap {
                 continue;
             }
             match read_group(disk, superblock, number).await {
-                Ok(group) => self.compare_group(number, group.used(), findings),
+                Ok(group) => {
+                    let mut used = group.used().to_vec();
+                    let start = self.layout.group_start(number).get();
+                    change.apply(number, start, &mut used, findings);
+                    self.compare_group(number, &used, findings);
+                }
                 Err(error) => findings.add(bitmap_finding(number, error)),
             }
         }
@@ -157,6 +175,68 @@ impl SpaceMap {
             findings.add(Finding::NotMarked { start, count });
         }
     }
+}
+
+/// What the log uses and gives back, by groups; as ranges of a group's bits.
+#[derive(Default)]
+pub(super) struct LogChange {
+    used: HashMap<u64, Vec<Range<usize>>>,
+    freed: HashMap<u64, Vec<Range<usize>>>,
+}
+
+impl LogChange {
+    /// Sorts out what `log` says. Blocks that do not lie in one group of their shard are findings.
+    pub(super) fn new(map: &SpaceMap, log: &Replayed, findings: &mut Findings) -> Self {
+        let mut change = Self::default();
+        for (shard, start, count) in log.used() {
+            match map.in_one_group(shard, start, count) {
+                Some((group, bits)) => change.used.entry(group).or_default().push(bits),
+                None => findings.add(impossible("uses", shard, start, count)),
+            }
+        }
+        for (shard, start, count) in log.freed() {
+            match map.in_one_group(shard, start, count) {
+                Some((group, bits)) => change.freed.entry(group).or_default().push(bits),
+                None => findings.add(impossible("frees", shard, start, count)),
+            }
+        }
+        change
+    }
+
+    /// Makes of a group's bitmap what it is after the log; it begins at block `start`.
+    fn apply(&mut self, number: u64, start: u64, used: &mut [u64], findings: &mut Findings) {
+        let mut set = |bits: Range<usize>, to: bool| {
+            let mut as_said = true;
+            for bit in bits {
+                let (word, mask) = (&mut used[bit / 64], 1 << (bit % 64));
+                as_said &= (*word & mask != 0) != to;
+                *word = if to { *word | mask } else { *word & !mask };
+            }
+            as_said
+        };
+        let mut told = |bits: &Range<usize>, what: &str| {
+            let (start, count) = (start + bits.start as u64, bits.len());
+            let what = format!("the intent log {what}: block {start} + {count} of group {number}");
+            findings.add(Finding::Log { what });
+        };
+        for bits in self.used.remove(&number).unwrap_or_default() {
+            if !set(bits.clone(), true) {
+                told(&bits, "uses blocks that are not free");
+            }
+        }
+        for bits in self.freed.remove(&number).unwrap_or_default() {
+            if !set(bits.clone(), false) {
+                told(&bits, "frees blocks that are not in use");
+            }
+        }
+    }
+}
+
+fn impossible(verb: &str, shard: ShardId, start: BlockNr, count: BlockCount) -> Finding {
+    let what = format!(
+        "the intent log {verb} block {start} + {count}, which does not lie in one group of shard {shard}"
+    );
+    Finding::Log { what }
 }
 
 fn bitmap_finding(group: u64, error: ReadGroupsError) -> Finding {

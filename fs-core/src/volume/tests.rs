@@ -23,6 +23,7 @@ mod planted;
 mod relocate;
 mod scrub;
 mod simulate;
+mod unreplayed;
 mod world;
 
 const SHARDS: u8 = 3;

@@ -56,6 +56,7 @@ pub(crate) mod extent_map;
 mod file;
 mod io;
 mod lending;
+pub(crate) mod listing;
 mod ordered;
 mod page;
 mod queue;

@@ -7,8 +7,10 @@
 //!
 //! Excludes: judging what is shown (`fsck`), programs as readers: the text may change.
 
+mod extents;
 mod items;
 
+pub use extents::{ExtentsError, extents};
 
 use std::io::{self, Write};
 

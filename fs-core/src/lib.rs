@@ -50,6 +50,7 @@ pub use error::FsError;
 pub const MAX_FILE_SIZE: u64 = i64::MAX as u64 / types::BLOCK_SIZE * types::BLOCK_SIZE;
 
 pub use data::MAX_WRITE;
+pub use data::listing::ROWS_PER_STEP as LISTED_EXTENTS;
 pub use namespace::MAX_LINKS;
 pub use request::{Reply, Request};
 pub use volume::{MountError, MountOptions, Volume, WriteOutcome};

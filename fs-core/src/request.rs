@@ -295,6 +295,58 @@ pub struct ExtentSummary {
     pub blocks: u64,
 }
 
+/// With whom an extent shares its blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sharing {
+    /// At least one of its blocks belongs to another extent too.
+    pub shared: bool,
+    /// At least one of its blocks is borrowed from another shard (and so is shared, or was).
+    pub lent: bool,
+}
+
+/// What a piece of a file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtentState {
+    /// Data on the device.
+    Data {
+        /// First byte on the device.
+        physical: u64,
+        /// Who else has it.
+        sharing: Sharing,
+    },
+    /// Blocks that were never written and read as zeroes.
+    Preallocated {
+        /// First byte on the device.
+        physical: u64,
+        /// Who else has them.
+        sharing: Sharing,
+    },
+    /// No blocks.
+    Hole,
+    /// Data in memory, on its way to a place that is not known yet.
+    Queued,
+}
+
+/// A piece of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExtentRow {
+    /// Its first byte in the file.
+    pub offset: u64,
+    /// Its bytes.
+    pub length: u64,
+    /// What it is.
+    pub state: ExtentState,
+}
+
+/// A part of a file's list of pieces.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ExtentList {
+    /// The pieces, in order and without gaps.
+    pub rows: Vec<ExtentRow>,
+    /// Where the list goes on; `None` at its end.
+    pub next: Option<u64>,
+}
+
 /// Where a write came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteSource {
@@ -534,6 +586,13 @@ pub enum Request {
         /// File.
         inode: InodeNr,
     },
+    /// Where a bounded part of a file lies, from an offset on. → [`Reply::ExtentList`]
+    ListExtents {
+        /// File.
+        inode: InodeNr,
+        /// Where to begin; a block that it lies in is listed from its start.
+        offset: FileOffset,
+    },
     /// → [`Reply::Offset`]
     Seek {
         /// Inode.
@@ -600,6 +659,8 @@ pub enum Reply {
     Relocated(Relocated),
     /// Figures of a file's extents.
     Extents(ExtentSummary),
+    /// Pieces of a file.
+    ExtentList(ExtentList),
     /// Whether two ranges were the same, and what they share now; `None` if they differ.
     Deduplicated(Option<Cloned>),
     /// What was cloned or copied.

@@ -444,6 +444,7 @@ impl Volume {
             | Request::RemoveXattr { inode, .. }
             | Request::Allocate { inode, .. }
             | Request::CountExtents { inode }
+            | Request::ListExtents { inode, .. }
             | Request::Seek { inode, .. } => inode.shard(),
         };
         if self.shared.is_stopping() {

@@ -29,6 +29,7 @@ pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod device;
+mod extents;
 pub mod failure;
 pub mod fuse;
 pub mod load;

@@ -17,6 +17,7 @@ use crate::format::extent::{
     Backref, EXTENT, Extent, ExtentKind, MAX_RUN_BLOCKS, Return, Run, RunHead, backref_key,
     check_extent_offset, extent_key, return_key, run_key,
 };
+use crate::request::Sharing;
 use crate::tree::Key;
 use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, Generation, InodeNr};
 
@@ -144,14 +145,19 @@ pub(crate) fn data_segments(batch: &Batch<'_>, inode: InodeNr, range: Range<u64>
 
 /// Whether another extent, here or in another shard, covers a block of `mapped` too.
 pub(crate) fn is_shared(batch: &Batch<'_>, inode: InodeNr, mapped: &Mapped) -> Plan<bool> {
+    Ok(sharing(batch, inode, mapped)?.shared)
+}
+
+/// With whom `mapped` shares its blocks.
+pub(crate) fn sharing(batch: &Batch<'_>, inode: InodeNr, mapped: &Mapped) -> Plan<Sharing> {
+    let mut sharing = Sharing::default();
     let mut runs = Runs::of(batch, inode, mapped);
     while runs.position < mapped.extent.blocks.get() {
         let run = runs.next()?.2;
-        if run.references > 1 || run.lender.is_some() {
-            return Ok(true);
-        }
+        sharing.lent |= run.lender.is_some();
+        sharing.shared |= run.lender.is_some() || run.references > 1;
     }
-    Ok(false)
+    Ok(sharing)
 }
 
 /// Adds the piece `range` of `mapped` to `segments`, to the last one if it goes on there on the device too.

@@ -399,7 +399,7 @@ fn next_on_device(batch: &Batch<'_>, inode: InodeNr, offset: u64) -> Plan<Found>
 }
 
 /// The first data in memory that is not on the device, at or after `offset`: dirty, being written, or pending.
-fn next_in_memory(inode: &Inode, offset: u64) -> Range<u64> {
+pub(super) fn next_in_memory(inode: &Inode, offset: u64) -> Range<u64> {
     let data = inode.data.borrow();
     let page = offset / BLOCK_SIZE;
     let dirty = data.next_dirty(page).map(|run| bytes_of(&run));

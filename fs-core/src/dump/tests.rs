@@ -13,6 +13,12 @@ fn lines(disk: &SimDisk, selection: Selection) -> (Vec<String>, DumpSummary) {
     (String::from_utf8(text).unwrap().lines().map(str::to_owned).collect(), summary)
 }
 
+/// First blocks of all tree nodes.
+pub(super) fn nodes(disk: &SimDisk) -> Vec<u64> {
+    let (text, _) = lines(disk, Selection { part: Part::Nodes, ..Selection::default() });
+    text.iter().map(|line| line.split(' ').nth(3).unwrap().parse().unwrap()).collect()
+}
+
 fn items(kind: &str) -> Selection {
     Selection { part: Part::Items, kind: Some(kind_named(kind).unwrap()), ..Selection::default() }
 }

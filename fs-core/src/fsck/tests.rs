@@ -300,6 +300,19 @@ pub(crate) fn sample_volume() -> (SimDisk, InodeNr) {
     (sample.builder.write(), sample.f)
 }
 
+/// A volume whose file `/many` has `count` extents, one in two blocks; all of them share one block.
+pub(crate) fn volume_with_many_extents(count: u64) -> SimDisk {
+    let mut builder = Builder::new();
+    let many = builder.make(InodeNr::ROOT, "many", 0, FileKind::Regular);
+    let extent = builder.run(many.shard(), 1, ExtentKind::Data);
+    for number in 0..count {
+        builder.refer(many, number * 2 * BLOCK_SIZE, &extent);
+    }
+    let references = u32::try_from(count).unwrap();
+    builder
+        .write_edited(|items| change_run(items, 0, extent.start, |run| run.references = references), |_| {})
+}
+
 fn run_check(disk: &SimDisk, data: DataCheck) -> Result<CheckReport, CheckError> {
     let before = disk.write_count();
     let simulator = Simulator::new(SimOptions { disk: Some(disk.clone()), ..SimOptions::default() });

@@ -122,6 +122,9 @@ impl Shard {
                 Ok(Reply::Done)
             }
             Request::CountExtents { inode } => self.count_extents(inode).await.map(Reply::Extents),
+            Request::ListExtents { inode, offset } => {
+                self.list_extents(inode, offset).await.map(Reply::ExtentList)
+            }
             Request::Clone(range) => self.clone_range(range).await.map(Reply::Cloned),
             Request::Deduplicate(range) => self.deduplicate(range).await.map(Reply::Deduplicated),
             Request::CopyRange(range) => self.copy_range(range).await.map(Reply::Cloned),

@@ -12,6 +12,7 @@ use crate::request::{Attributes, Caller, FileKind, NewInode, RenameMode};
 mod client;
 mod clone;
 mod crash;
+mod extents;
 mod faults;
 mod full;
 mod history;

@@ -1,27 +1,43 @@
-//! `pollux dump`: a volume in readable form, read-only.
+//! `pollux dump`: a volume in readable form, read-only; and how a file lies on the device, on a mount too.
 
 use std::io::{self, BufWriter, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use fs_core::dump::{self, DumpError, DumpSummary, Part, Selection};
+use fs_core::dump::{self, DumpError, DumpSummary, ExtentsError, Part, Selection};
 use fs_core::format::node::ItemKind;
+use fs_core::request::ExtentList;
 use fs_core::types::{InodeNr, ShardId};
+use rustix::io::Errno;
 
 use crate::device::{self, DeviceSpec, superblock_failure};
+use crate::extents::{self, LIST_ATTRIBUTE, Table, VALUE_LIMIT};
 use crate::failure::Failure;
 
-/// Show superblock, groups, tree nodes or items of a volume that is not mounted; changes nothing
+/// Show superblock, groups, tree nodes, items, or a file's extents; changes nothing
 #[derive(Args)]
 #[command(after_help = "\
-One line is one thing; damage is a line that begins with `!` (then the exit code is 1).
+The volume is not mounted, but for --extents, which takes a file on a mount, or with --device the path of one from the
+volume's root (then as the next mount is going to find it, the intent log replayed).
+
+One line is one thing; damage is a line that begins with `!` (then the exit code is 1). Extents are shown in bytes; their
+flags are shared (blocks that another extent has too), lent (they lie in a group of another shard), prealloc (never
+written), hole, queued (accepted, and not on the device yet).
 
 Example:
   pollux dump --device emu:./pollux.img
-  pollux dump --device emu:./pollux.img --part items --inode 1 --kind dir-seq")]
+  pollux dump --device emu:./pollux.img --part items --inode 1 --kind dir-seq
+  pollux dump --device emu:./pollux.img --extents /disk.img
+  pollux dump --extents ./pollux-mnt/disk.img")]
 pub(super) struct Dump {
     /// The device
-    #[arg(long, value_name = "SPEC", value_parser = device::parse)]
-    device: DeviceSpec,
+    #[arg(long, value_name = "SPEC", value_parser = device::parse, required_unless_present = "extents")]
+    device: Option<DeviceSpec>,
+
+    /// Show how this file lies on the device
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["part", "shard", "inode", "kind"])]
+    extents: Option<PathBuf>,
 
     /// What to show
     #[arg(long, value_enum, default_value = "superblock")]
@@ -70,6 +86,15 @@ fn parse_kind(text: &str) -> Result<ItemKind, String> {
 
 impl Dump {
     pub(super) fn run(&self) -> Result<(), Failure> {
+        match (&self.extents, &self.device) {
+            (Some(path), Some(device)) => list_on_device(device, path),
+            (Some(path), None) => list_on_mount(path),
+            (None, Some(device)) => self.dump(device),
+            (None, None) => Err(Failure::new("no device").remedy("give one with --device SPEC")),
+        }
+    }
+
+    fn dump(&self, device: &DeviceSpec) -> Result<(), Failure> {
         let selection = Selection {
             part: match self.part {
                 Shown::Superblock => Part::Superblock,
@@ -81,7 +106,7 @@ impl Dump {
             inode: self.inode,
             kind: self.kind,
         };
-        let dumped = device::on_one_reactor(&self.device, |ctx| async move {
+        let dumped = device::on_one_reactor(device, |ctx| async move {
             let mut out = BufWriter::new(io::stdout().lock());
             let summary = dump::dump(&ctx, &selection, &mut out).await?;
             out.flush()?;
@@ -89,15 +114,74 @@ impl Dump {
         })?;
         match dumped {
             Ok(summary) if summary.damaged == 0 => Ok(()),
-            Ok(summary) => {
-                Err(Failure::new(format!("{}: {} things are damaged", self.device, summary.damaged))
-                    .remedy(format!("pollux fsck --device {} tells more", self.device)))
-            }
+            Ok(summary) => Err(Failure::new(format!("{device}: {} things are damaged", summary.damaged))
+                .remedy(format!("pollux fsck --device {device} tells more"))),
             // Whoever reads has seen enough.
             Err(DumpError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            Err(DumpError::Superblock(error)) => Err(superblock_failure(&self.device, &error)),
-            Err(error) => Err(Failure::new(format!("cannot dump {}: {error}", self.device))),
+            Err(DumpError::Superblock(error)) => Err(superblock_failure(device, &error)),
+            Err(error) => Err(Failure::new(format!("cannot dump {device}: {error}"))),
         }
+    }
+}
+
+fn list_on_device(device: &DeviceSpec, path: &Path) -> Result<(), Failure> {
+    let wanted = path.as_os_str().as_bytes();
+    let listed = device::on_one_reactor(device, |ctx| async move {
+        let mut table = Table::new(BufWriter::new(io::stdout().lock()))?;
+        dump::extents(&ctx, wanted, &mut |row| table.row(&row)).await?;
+        Ok::<(), ExtentsError>(table.finish()?)
+    })?;
+    match listed {
+        Ok(()) => Ok(()),
+        Err(ExtentsError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        Err(ExtentsError::Superblock(error)) => Err(superblock_failure(device, &error)),
+        Err(error @ (ExtentsError::NotFound(_) | ExtentsError::WrongKind { .. })) => {
+            Err(Failure::new(format!("{device}: {error}"))
+                .remedy("give the path of a regular file from the volume's root on"))
+        }
+        Err(error) => Err(Failure::new(format!("{device}: {error}"))
+            .remedy(format!("pollux fsck --device {device} tells more"))),
+    }
+}
+
+fn list_on_mount(path: &Path) -> Result<(), Failure> {
+    let output = |error: io::Error| match error.kind() {
+        // Whoever reads has seen enough.
+        io::ErrorKind::BrokenPipe => Ok(()),
+        _ => Err(Failure::new(format!("output: {error}"))),
+    };
+    let mut value = vec![0; VALUE_LIMIT];
+    let mut table: Option<Table<_>> = None;
+    let mut next = Some(0);
+    while let Some(offset) = next {
+        let list = part_on_mount(path, offset, &mut value)?;
+        let printed = table.take().map_or_else(|| Table::new(BufWriter::new(io::stdout().lock())), Ok);
+        let printed = printed.and_then(|mut table| {
+            list.rows.iter().try_for_each(|row| table.row(row))?;
+            Ok(table)
+        });
+        table = match printed {
+            Ok(table) => Some(table),
+            Err(error) => return output(error),
+        };
+        if list.next.is_some_and(|next| next <= offset) {
+            return Err(Failure::new(format!("{}: the list does not end", path.display())));
+        }
+        next = list.next;
+    }
+    table.map_or(Ok(()), |table| table.finish().or_else(output))
+}
+
+fn part_on_mount(path: &Path, offset: u64, value: &mut [u8]) -> Result<ExtentList, Failure> {
+    let attribute = format!("{LIST_ATTRIBUTE}{offset}");
+    let failed = |why: String| Failure::new(format!("{}: {why}", path.display()));
+    match rustix::fs::getxattr(path, attribute.as_str(), &mut *value) {
+        Ok(length) => extents::decode(&value[..length]).map_err(failed),
+        Err(Errno::OPNOTSUPP | Errno::NODATA) => Err(failed("not on a Pollux volume".to_owned()).remedy(
+            "give a file on a mount, or with --device SPEC the path of one from the volume's root on",
+        )),
+        Err(error) => Err(failed(io::Error::from(error).to_string())
+            .remedy("give a regular file on a mounted Pollux volume")),
     }
 }
 

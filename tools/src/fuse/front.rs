@@ -47,6 +47,7 @@ use fuser::{
 
 use super::handoff::Handoff;
 use super::translate;
+use crate::extents::{self, LIST_ATTRIBUTE};
 
 /// How long the kernel may keep names and attributes. Nobody else changes them, so long; the kernel adds this to its
 /// clock, so not the maximum.
@@ -277,6 +278,14 @@ fn describe_extents(reply: Reply) -> Reply {
             let json = serde_json::json!({ "extents": extents, "shared": shared, "blocks": blocks });
             Reply::Data(json.to_string().into_bytes())
         }
+        other => other,
+    }
+}
+
+/// The value of an attribute that lists extents.
+fn encode_list(reply: Reply) -> Reply {
+    match reply {
+        Reply::ExtentList(list) => Reply::Data(extents::encode(&list)),
         other => other,
     }
 }
@@ -660,6 +669,14 @@ impl<V: VolumeFront> Filesystem for FrontEnd<V> {
             let request = Request::CountExtents { inode: translate::inode(inode) };
             return self.submit(request, move |result| {
                 answer_xattr(result.map(describe_extents), size, reply);
+            });
+        }
+        let list = attribute.to_str().and_then(|name| name.strip_prefix(LIST_ATTRIBUTE));
+        if let Some(offset) = list.and_then(|offset| offset.parse().ok()) {
+            let offset = FileOffset::new(offset);
+            let request = Request::ListExtents { inode: translate::inode(inode), offset };
+            return self.submit(request, move |result| {
+                answer_xattr(result.map(encode_list), size, reply);
             });
         }
         let request = Request::GetXattr { inode: translate::inode(inode), name: name(attribute) };

@@ -227,6 +227,7 @@ impl State {
             | Request::Deduplicate(_)
             | Request::CopyRange(_)
             | Request::CountExtents { .. }
+            | Request::ListExtents { .. }
             | Request::Scrub { .. }
             | Request::Groups { .. }
             | Request::Relocate { .. } => Err(FsError::NotSupported),

@@ -15,6 +15,7 @@ mod crash;
 mod extents;
 mod faults;
 mod full;
+mod golden;
 mod history;
 mod lending;
 mod log;

@@ -206,6 +206,7 @@ impl Shard {
             PeerCall::Checkpoint(epoch) => Ok(PeerReply::Frozen(self.checkpoint(epoch).await?)),
             PeerCall::CutLog(epoch) => Ok(PeerReply::Cut(self.take_cut(epoch).await)),
             PeerCall::MakeLog(blocks) => Ok(PeerReply::Log(self.make_log(blocks).await)),
+            PeerCall::MoveLog(segment, blocks) => Ok(PeerReply::LogMoved(self.move_log(segment, blocks)?)),
             PeerCall::Replay(sections) => {
                 self.replay(sections).await?;
                 Ok(PeerReply::Done)

@@ -10,6 +10,7 @@
 //! Memory ordering: `open_epoch` is raised with release and read with acquire, so that a shard that sees a new epoch
 //! also sees what was acknowledged before it was opened; the other atomics are figures and use relaxed order.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -23,7 +24,8 @@ use crate::data::{DataReport, DelallocShared, WriteParts};
 use crate::error::FsError;
 use crate::request::{KillPrivileges, Reply, Request, SpaceReport, SyncScope, WriteSource};
 use crate::shard::message::{PeerCall, PeerMessage, PeerReply, RequestMessage};
-use crate::types::{Epoch, FileOffset, InodeNr, ShardId};
+use crate::superblock::LogArea;
+use crate::types::{BLOCK_SIZE, BlockNr, Epoch, FileOffset, InodeNr, ShardId};
 
 use self::coordinator::{CoordinatorMessage, call_all};
 
@@ -54,6 +56,8 @@ pub(crate) struct VolumeShared {
     durable_epoch: AtomicU64,
     closing_for_log: AtomicBool,
     log_limit: AtomicUsize,
+    /// Where the log lies, as the current superblock says.
+    log_area: Mutex<Option<LogArea>>,
     data_written: AtomicBool,
     stopping: AtomicBool,
     failure: OnceLock<String>,
@@ -121,8 +125,19 @@ impl VolumeShared {
         self.log_limit.load(Ordering::Relaxed)
     }
 
-    fn set_log_limit(&self, bytes: usize) {
-        self.log_limit.store(bytes, Ordering::Relaxed);
+    /// Notes where the log lies.
+    fn set_log_area(&self, area: Option<LogArea>) {
+        let blocks = area.map_or(0, |area| area.blocks as usize);
+        self.log_limit.store(blocks * BLOCK_SIZE as usize, Ordering::Relaxed);
+        *self.log_area.lock().unwrap_or_else(PoisonError::into_inner) = area;
+    }
+
+    /// The segments of the log that lie in a stretch of blocks: the first block of each, and its length.
+    pub(crate) fn log_in(&self, blocks: &Range<u64>) -> Vec<(BlockNr, u64)> {
+        let area = *self.log_area.lock().unwrap_or_else(PoisonError::into_inner);
+        let segments =
+            area.iter().flat_map(|area| area.segments.map(|start| (start, u64::from(area.blocks))));
+        segments.filter(|(start, _)| blocks.contains(&start.get())).collect()
     }
 
     /// Notes that data was written to the device: it is in its cache, perhaps not on its medium. To be called after

@@ -443,6 +443,11 @@ impl Allocator {
         self.index(number);
     }
 
+    /// Whether a block lies in a closed group.
+    pub fn is_closed_at(&self, block: BlockNr) -> bool {
+        self.layout.group_of(block).is_some_and(|number| self.closed.contains_key(&number))
+    }
+
     /// Opens what nobody has a lease for any more.
     fn open_abandoned(&mut self) {
         let abandoned = |(number, lease): (&u64, &Weak<()>)| (lease.strong_count() == 0).then_some(*number);

@@ -93,6 +93,35 @@ impl Shard {
         segments.try_into().ok()
     }
 
+    /// Gives a segment of the intent log another place, if its group is being emptied. Only a segment that the current superblock does
+    /// not use: the next one uses it, and makes the new place durable. The old one becomes free as all freed blocks do.
+    ///
+    /// # Errors
+    /// The segment is not in use.
+    pub(crate) fn move_log(&self, segment: BlockNr, blocks: u32) -> Result<Option<BlockNr>, FsError> {
+        let wanted = BlockCount::new(u64::from(blocks));
+        if !self.alloc.borrow().is_closed_at(segment) {
+            return Ok(None);
+        }
+        let Some(mut space) = self.counter.reserve(wanted.get(), 0, Priority::Normal) else {
+            return Ok(None);
+        };
+        // No epoch may end in between.
+        let mut alloc = self.alloc.borrow_mut();
+        let (start, count) = alloc.allocate_data(wanted, &mut space);
+        if count < wanted {
+            alloc.abandon_data(start, count);
+            return Ok(None);
+        }
+        alloc.commit_data(start, wanted);
+        alloc.free(segment, wanted).map_err(|error| FsError::Damaged {
+            what: format!("the intent log's place: {error}"),
+            block: Some(segment),
+            inode: None,
+        })?;
+        Ok(Some(start))
+    }
+
     /// Notes that `epoch` is durable: what was freed before it may be used again.
     /// The longer stretches of it are first deallocated on the device.
     pub(crate) async fn epoch_is_durable(&self, epoch: Epoch) {

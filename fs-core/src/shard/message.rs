@@ -40,6 +40,8 @@ pub(crate) enum PeerCall {
     CutLog(Epoch),
     /// Take two segments of so many blocks for the intent log. → [`PeerReply::Log`]
     MakeLog(u32),
+    /// Give another place to a segment of so many blocks, which is in no superblock's use, if its group is closed. → [`PeerReply::LogMoved`]
+    MoveLog(BlockNr, u32),
     /// Do again what the log says. → [`PeerReply::Done`]
     Replay(Vec<Section>),
     /// The superblock of this epoch is durable. → [`PeerReply::Done`]
@@ -77,6 +79,8 @@ pub(crate) enum PeerReply {
     Cut(LogCut),
     /// First blocks of the segments, if there was room.
     Log(Option<[BlockNr; 2]>),
+    /// Where the segment is now, if it has moved.
+    LogMoved(Option<BlockNr>),
     /// A group, if one could be spared.
     Transfer(Option<GroupTransfer>),
     /// Figures.

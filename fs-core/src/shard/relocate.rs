@@ -7,7 +7,7 @@
 //! |---|---|
 //! | [`RelocateStep::Data`] | moves the next runs: verified copy, then reference by reference |
 //! | [`RelocateStep::Nodes`] | copies tree nodes of the group, as a change of theirs would |
-//! | [`RelocateStep::Settle`] | a checkpoint, after which what the steps before it gave up becomes free |
+//! | [`RelocateStep::Settle`] | a checkpoint, after which what the steps before it gave up becomes free; it gives the intent log's next segment another place |
 //!
 //! A reference is turned under the mmap lock, shared, and the range lock, exclusive, of its file, in one transaction that
 //! looks again whether it still is what was copied, adds the new reference and drops the old one. So a reader, which
@@ -99,11 +99,34 @@ impl Shard {
         match step {
             RelocateStep::Data(from) => self.relocate_data(blocks, from, &mut done).await?,
             RelocateStep::Nodes(from) => self.relocate_nodes(&blocks, from, &mut done).await?,
-            RelocateStep::Settle => self.close_epoch_for_space().await?,
+            RelocateStep::Settle => self.settle(&blocks, &mut done).await?,
             RelocateStep::Open => {}
         }
         done.group = self.alloc.borrow().figures_of(group).ok_or(FsError::Invalid)?;
         Ok(done)
+    }
+
+    /// A checkpoint. It moves the segment of the intent log that comes next, if that is in the group; another one moves the other.
+    async fn settle(&self, group: &Range<u64>, done: &mut Relocated) -> Result<(), FsError> {
+        let before = self.volume.log_in(group);
+        self.close_epoch_for_space().await?;
+        for _ in &before {
+            if self.volume.log_in(group).is_empty() {
+                break;
+            }
+            // Even if nothing else has changed.
+            self.volume.note_commit(self.id, self.epochs.current());
+            self.close_epoch_for_space().await?;
+        }
+        let after = self.volume.log_in(group);
+        let moved = before.iter().filter(|segment| !after.contains(segment));
+        done.blocks += moved.map(|(_, blocks)| blocks).sum::<u64>();
+        done.left.extend(after.iter().map(|(start, blocks)| {
+            format!(
+                "blocks {start} + {blocks}: the intent log, for which there is no other place in one piece"
+            )
+        }));
+        Ok(())
     }
 
     /// Closes a group. If its free blocks are promised, epochs are closed first to find others.

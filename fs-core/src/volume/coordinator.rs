@@ -41,7 +41,7 @@ use crate::planted::{Bug, is_planted};
 use crate::shard::checkpoint::ShardRoot;
 use crate::shard::message::{PeerCall, PeerReply};
 use crate::superblock::{self, LogArea};
-use crate::types::{BLOCK_SIZE, Epoch, ShardId};
+use crate::types::{Epoch, ShardId};
 
 use super::{Closing, VolumeShared};
 
@@ -206,7 +206,7 @@ impl Coordinator {
 
     async fn checkpoint(&mut self) -> Result<(), FsError> {
         let area = match self.superblock.log {
-            Some(area) => Some(area.switched()),
+            Some(area) => Some(self.move_log(area.switched()).await?),
             None => self.make_log().await?,
         };
         self.volume.set_closing(Closing::Checkpoint);
@@ -243,8 +243,20 @@ impl Coordinator {
     /// The log begins anew.
     fn begin_log(&mut self) {
         self.log = LogWriter::of(&self.superblock);
-        let blocks = self.superblock.log.map_or(0, |area| area.blocks as usize);
-        self.volume.set_log_limit(blocks * BLOCK_SIZE as usize);
+        self.volume.set_log_area(self.superblock.log);
+    }
+
+    /// Gives the segment that comes next another place, if its group is being emptied. The one before is still needed: until the
+    /// superblock is durable by a crash, after that by whoever finds that superblock damaged.
+    async fn move_log(&self, mut area: LogArea) -> Result<LogArea, FsError> {
+        let call = PeerCall::MoveLog(area.head(), area.blocks);
+        let PeerReply::LogMoved(moved) = self.volume.call_shard(ShardId::FIRST, call).await? else {
+            return Err(FsError::Io("shard 0 gave a wrong answer to a checkpoint".to_owned()));
+        };
+        if let Some(start) = moved {
+            area.segments[usize::from(area.current & 1)] = start;
+        }
+        Ok(area)
     }
 
     /// Takes the place of the log, if there is room for it. The checkpoint that follows makes that durable.

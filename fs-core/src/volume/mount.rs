@@ -229,6 +229,7 @@ fn share(
         durable_epoch: AtomicU64::new(durable.get()),
         closing_for_log: AtomicBool::new(false),
         log_limit: AtomicUsize::new(0),
+        log_area: Mutex::new(None),
         data_written: AtomicBool::new(false),
         log_writes: AtomicU64::new(0),
         stopping: AtomicBool::new(false),

@@ -22,9 +22,6 @@ const SEEDS: u64 = 4;
 /// Seeds whose crashes an ordinary test run enumerates.
 const CRASH_SEEDS: u64 = 2;
 
-/// Blocks of the intent log in one group, which do not move.
-const LOG_BLOCKS: u64 = 128;
-
 fn shape() -> Shape {
     let mount = MountOptions { commit_interval: Duration::from_millis(20), ..MountOptions::default() };
     Shape { seed: 21, shards: 1, reactors: 1, blocks: 64 * 1024, mount }
@@ -85,10 +82,8 @@ fn emptied_group_is_free_and_files_and_their_sharing_stay() {
         let report = volume.relocate(RelocateScope::Group(group.group), go_on).await.unwrap();
         assert!(report.blocks >= 2000 && report.references > report.blocks / 256, "{report:?}");
         let after = groups(volume, 0).await.into_iter().find(|now| now.group == group.group).unwrap();
-        // The intent log lies where it lay: what is left is its area, and the report says that something is.
-        assert!(after.in_use() <= LOG_BLOCKS, "{after:?}");
-        assert_eq!(report.groups_left, u64::from(after.in_use() > 0), "{report:?}");
-        assert_eq!(report.left.len() as u64, report.groups_left, "{report:?}");
+        assert_eq!((after.in_use(), after.pinned), (0, 0), "{report:?}");
+        assert_eq!((report.groups_emptied, report.groups_left, report.left.len()), (1, 0, 0), "{report:?}");
         assert!(before.free.abs_diff(space(volume).await.free) < 100, "what was shared is shared");
 
         assert_eq!(read(volume, long, 0, 1 << 23).await, patterns(1, 1500));
@@ -222,6 +217,80 @@ fn damaged_block_stays_and_is_named_and_everything_else_moves() {
         volume.unmount().await.unwrap();
     };
     shape.mounted(&disk, 1, run).unwrap();
+}
+
+/// First blocks of the intent log's segments.
+fn log(volume: &Volume) -> Vec<u64> {
+    volume.shared.log_in(&(0..u64::MAX)).into_iter().map(|(start, _)| start.get()).collect()
+}
+
+#[test]
+fn every_group_can_be_emptied_also_that_of_the_intent_log() {
+    let shape = shape();
+    let disk = shape.formatted();
+    let run = async |_: &Context, volume: &Volume| {
+        let file = alternating(volume, "file", 3, 100).await;
+        sync(volume).await;
+        let before = log(volume);
+        for round in 0..3 {
+            let report = volume.relocate(RelocateScope::All, go_on).await.unwrap();
+            assert!(report.groups_emptied > 0 && report.groups_left == 0, "round {round}: {report:?}");
+        }
+        let after = log(volume);
+        assert!(before.iter().all(|segment| !after.contains(segment)), "{before:?} {after:?}");
+        // Nothing but the log in the group, and nothing that changes: it moves all the same.
+        let (group, segment) = (after[0] / 4096, after[0]);
+        volume.relocate(RelocateScope::Group(group), go_on).await.unwrap();
+        assert!(!log(volume).contains(&segment));
+        let commits = volume.shared.log_writes.load(std::sync::atomic::Ordering::Relaxed);
+        write(volume, file, 0, &pattern(7, 0)).await;
+        sync_file(volume, file).await;
+        assert!(
+            volume.shared.log_writes.load(std::sync::atomic::Ordering::Relaxed) > commits,
+            "an fsync goes to the log in its new place"
+        );
+        volume.unmount().await.unwrap();
+    };
+    shape.mounted(&disk, 1, run).unwrap();
+    fsck(&shape, &disk).unwrap();
+}
+
+#[test]
+fn log_without_another_place_in_one_piece_stays_and_is_named() {
+    let shape = shape();
+    let disk = shape.formatted();
+    let run = async |_: &Context, volume: &Volume| {
+        let file = create(volume, Volume::ROOT, "file", NewInode::Regular).await.inode;
+        volume.shared.checkpoint_now().await.unwrap();
+        let mut block = 0;
+        loop {
+            let offset = FileOffset::new(block * BLOCK_SIZE);
+            let (length, mode) = (64 * BLOCK_SIZE, AllocateMode::Extend);
+            let request = Request::Allocate { inode: file, offset, length, mode };
+            if volume.call(request).await != Ok(Reply::Done) {
+                break;
+            }
+            block += 64;
+        }
+        // Half of the space is free, in pieces of 16 blocks.
+        for hole in (0..block).step_by(32) {
+            let (offset, length) = (FileOffset::new(hole * BLOCK_SIZE), 16 * BLOCK_SIZE);
+            let request = Request::Allocate { inode: file, offset, length, mode: AllocateMode::PunchHole };
+            assert_eq!(volume.call(request).await, Ok(Reply::Done));
+        }
+        for _ in 0..3 {
+            volume.shared.note_commit(ShardId::FIRST, volume.shared.open_epoch());
+            volume.shared.checkpoint_now().await.unwrap();
+        }
+        let (before, group) = (log(volume), log(volume)[0] / 4096);
+        let report = volume.relocate(RelocateScope::Group(group), go_on).await.unwrap();
+        let named = report.left.iter().filter(|why| why.contains(&format!("group {group}: blocks"))).count();
+        assert!(named > 0 && report.left[0].contains("the intent log"), "{report:?}");
+        assert_eq!(log(volume), before);
+        volume.unmount().await.unwrap();
+    };
+    shape.mounted(&disk, 1, run).unwrap();
+    fsck(&shape, &disk).unwrap();
 }
 
 /// Empties every group `times` times.

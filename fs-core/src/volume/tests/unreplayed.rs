@@ -236,6 +236,15 @@ fn blocks_that_a_log_cannot_use_or_free_are_found() {
 }
 
 #[test]
+fn log_full_of_lies_about_blocks_is_not_followed() {
+    let logged = logged();
+    let (data, many) = (logged.data(), BlockCount::new(4));
+    logged.lie(|log| (0..200).for_each(|_| log.used(data, many)), |_| ());
+    let report = checked(&logged.shape, &logged.disk);
+    assert_eq!((codes(&report), report.total_findings), (vec!["Log"], 1));
+}
+
+#[test]
 fn counters_that_a_log_invents_are_found() {
     let one = logged();
     one.lie(|_| (), |section| section.inodes += 1);

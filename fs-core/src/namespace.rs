@@ -1,6 +1,6 @@
 //! Names, inodes and their attributes: everything a program does to a file tree but reading and writing contents.
 //!
-//! Owns: the operations (each a method of [`Shard`], reached through [`Shard::serve`]), the locks they take, the
+//! Owns: the operations (each a method of [`Shard`](crate::shard::Shard), reached through its `serve`), the locks they take, the
 //! transactions that span shards, and the deletion of inodes that lost their last name.
 //!
 //! | module | holds |

@@ -94,6 +94,8 @@ pub(crate) struct DataState {
     dirty_files: RefCell<VecDeque<InodeNr>>,
     ordered: Cell<u32>,
     ordered_pages: Cell<u64>,
+    /// How many wait for the space that accepted writes have reserved and will not need.
+    space_wanted: Cell<u32>,
     ordered_freed: Signal,
     insertion: WholeLock<InsertionClass>,
     lending: lending::Lending,
@@ -162,6 +164,7 @@ impl DataState {
             dirty_files: RefCell::default(),
             ordered: Cell::new(0),
             ordered_pages: Cell::new(0),
+            space_wanted: Cell::new(0),
             ordered_freed: Signal::default(),
             insertion: WholeLock::new(InodeNr::new(0)),
             lending: lending::Lending::default(),

@@ -37,8 +37,8 @@ const SEARCH_WORDS: usize = 16_384;
 /// Words of bitmap that the search for pieces of broken clusters looks at before it settles for the best of them.
 const BROKEN_WINDOW: usize = 64;
 
-/// Groups that a shard never gives away.
-const MIN_OWNED_GROUPS: usize = 4;
+/// Groups that a shard never gives away. One: what a shard cannot give away, others cannot fill, and the floor stays in any case.
+const MIN_OWNED_GROUPS: usize = 1;
 
 /// Why blocks could not be freed. Nothing was changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

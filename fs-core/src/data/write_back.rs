@@ -43,6 +43,29 @@ const MAX_FAILURES: u32 = 4;
 /// Files whose ordered extents a flush of the shard waits for before it starts more.
 const FLUSH_WINDOW: usize = 256;
 
+/// Who waits for space looks this often, and so many times without seeing anything done.
+const LOOK_AFTER: Duration = Duration::from_millis(1);
+const STILL_LOOKS: u32 = 50;
+
+/// Somebody who waits for the space that accepted writes hold, until dropped.
+struct SpaceWanted<'a>(&'a DataState);
+
+impl<'a> SpaceWanted<'a> {
+    fn by(data: &'a DataState) -> Self {
+        data.space_wanted.set(data.space_wanted.get() + 1);
+        data.shared.wake_background();
+        data.progress.notify();
+        Self(data)
+    }
+}
+
+impl Drop for SpaceWanted<'_> {
+    fn drop(&mut self) {
+        self.0.space_wanted.set(self.0.space_wanted.get() - 1);
+        self.0.progress.notify();
+    }
+}
+
 /// The whole of a file, in bytes.
 pub(super) const WHOLE_FILE: Range<u64> = 0..crate::MAX_FILE_SIZE;
 
@@ -64,7 +87,12 @@ impl DataState {
     }
 
     fn above_background_limit(&self) -> bool {
-        self.shared.budget().used() > self.shared.budget().background_limit()
+        self.shared.budget().used() > self.background_limit()
+    }
+
+    /// Dirty pages above which the background task writes: none while somebody waits for their space.
+    fn background_limit(&self) -> u64 {
+        if self.space_wanted.get() > 0 { 0 } else { self.shared.budget().background_limit() }
     }
 
     /// Dirty pages that are not on their way to the device yet, pending ones included.
@@ -79,7 +107,7 @@ impl Shard {
         while !self.data.stopped.get() {
             self.drain();
             let failures = self.data.write_errors.get();
-            let goal = self.data.shared.budget().background_limit() / 2;
+            let goal = self.data.background_limit() / 2;
             while self.data.idle_dirty() > goal
                 && self.data.write_errors.get() == failures
                 && !self.data.stopped.get()
@@ -111,6 +139,25 @@ impl Shard {
             tracing::debug!(inode = %nr, %error, "write-back in the background failed");
         }
         true
+    }
+
+    /// Has the background task write everything, and waits until `found` is, or nothing is left, or what is left waits for somebody
+    /// else (for whoever called this, perhaps, so this does not wait for ever). An accepted write holds more space than it will need, since
+    /// nobody knows before how many nodes it changes.
+    pub(crate) async fn write_back_for_space<T>(&self, mut found: impl FnMut() -> Option<T>) -> Option<T> {
+        let data = &self.data;
+        let _wanted = SpaceWanted::by(data);
+        let (mut left, mut still) = (data.shared.budget().used(), 0);
+        while left > 0 && still < STILL_LOOKS && !data.stopped.get() {
+            self.ctx.sleep(LOOK_AFTER).await;
+            if let Some(found) = found() {
+                return Some(found);
+            }
+            let now = data.shared.budget().used();
+            still = if now < left || data.ordered_pages.get() > 0 { 0 } else { still + 1 };
+            left = now;
+        }
+        None
     }
 
     /// Ends the background task.

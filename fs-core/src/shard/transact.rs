@@ -292,8 +292,8 @@ impl Shard {
         BatchContext { now: self.ctx.wall(), hash_seed: self.volume.hash_seed }
     }
 
-    /// Reserves space. When there is none, asks other shards for an empty group, waits for the deletions that are
-    /// under way, and closes epochs (what they freed becomes free). Takes no lock, and gives up waiting for those who
+    /// Reserves space. When there is none, asks other shards for an empty group, has accepted writes written, which
+    /// hold more than they need, waits for the deletions that are under way, and closes epochs (what they freed becomes free). Takes no lock, and gives up waiting for those who
     /// do, so it may be called with inode and range locks held.
     ///
     /// # Errors
@@ -306,11 +306,20 @@ impl Shard {
     ) -> Result<Reservation, FsError> {
         let mut checkpoints = 0;
         let mut waits = 0;
+        let mut written_back = false;
         loop {
             if let Some(reservation) = self.counter.reserve(data_blocks, nodes, priority) {
                 return Ok(reservation);
             }
             if self.adopt_group().await? {
+                continue;
+            }
+            if priority == Priority::Normal && !written_back {
+                written_back = true;
+                let reserve = || self.counter.reserve(data_blocks, nodes, priority);
+                if let Some(reservation) = self.write_back_for_space(reserve).await {
+                    return Ok(reservation);
+                }
                 continue;
             }
             if priority == Priority::Normal && self.has_deletions() {

@@ -5,7 +5,7 @@
 //!
 //! | a group | goes on with |
 //! |---|---|
-//! | holds something, and the last pass moved something | another pass, up to `MAX_PASSES` |
+//! | holds something, and the last pass moved something, or there is no reason why it is there | another pass, up to `MAX_PASSES` |
 //! | holds something that no pass can move | is *left*, with the reasons |
 //! | holds only blocks that superblocks still need | checkpoints, up to `MAX_SETTLES` |
 //! | is free | is *emptied* |
@@ -289,7 +289,9 @@ impl Relocation {
 impl Job {
     /// What follows a checkpoint.
     fn after_settling(&mut self) -> RelocateStep {
-        if self.figures.in_use() > 0 && self.moved && self.pass < MAX_PASSES {
+        // What is left for no reason was on its way: a node of the open epoch, blocks of a write or a deletion that has not ended.
+        let worthwhile = self.moved || self.left.is_empty();
+        if self.figures.in_use() > 0 && worthwhile && self.pass < MAX_PASSES {
             self.pass += 1;
             self.moved = false;
             self.left.clear();

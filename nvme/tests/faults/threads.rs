@@ -75,14 +75,24 @@ const WAKES: u32 = 2_000;
 
 /// Submits reads of `lbas` and sleeps until they are all back.
 fn read_asleep(queue: &mut QueuePair, lbas: &[u64]) -> Vec<Completion> {
+    submit_reads(queue, lbas);
+    sleep_until(queue, lbas.len())
+}
+
+/// Submits reads of `lbas` and tells the controller.
+fn submit_reads(queue: &mut QueuePair, lbas: &[u64]) {
     for &lba in lbas {
         let buffer = queue.pool().try_alloc(BLOCK).unwrap();
         queue.submit(OpTag(lba), Request::Read { lba: Lba::new(lba), buffer }).unwrap();
     }
     queue.ring();
+}
+
+/// Sleeps until `count` commands are back.
+fn sleep_until(queue: &mut QueuePair, count: usize) -> Vec<Completion> {
     let mut done = Vec::new();
     let mut wakes = 0;
-    while done.len() < lbas.len() {
+    while done.len() < count {
         if !queue.arm_interrupt() {
             let mut fds = [PollFd::new(queue.interrupt().unwrap(), PollFlags::POLLIN)];
             assert_eq!(poll(&mut fds, PollTimeout::from(60_000u16)).unwrap(), 1, "never woken");
@@ -232,13 +242,15 @@ fn a_shutdown_in_the_middle_of_a_reset_is_the_end() {
         let slow = RegisterFault::SlowReady(nvme_emulator::ReadyDelay::Time(Duration::from_millis(10)));
         bench.device.faults().add_register(slow);
         let controller = bench.controller.clone();
+        // The reads are on their way before anybody may end the controller under them.
+        submit_reads(&mut bench.queue, &[1, 2]);
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let _ = controller.smart_log();
                 std::thread::sleep(Duration::from_micros(pause_us));
                 let _ = controller.shutdown();
             });
-            let done = read_asleep(&mut bench.queue, &[1, 2]);
+            let done = sleep_until(&mut bench.queue, 2);
             assert_eq!(done.len(), 2);
         });
         assert_eq!(controller.life(), Life::Quiet);
@@ -256,12 +268,13 @@ fn a_removal_in_the_middle_of_a_reset_is_the_end_and_what_is_put_back_works() {
         bench.write(5, &[7; BLOCK]).unwrap();
         bench.device.faults().add(FaultRule::new(Command::Read.matched(), Effect::FatalStatus));
         let device = bench.device.clone();
+        submit_reads(&mut bench.queue, &[1, 2]);
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 std::thread::sleep(Duration::from_micros(pause_us));
                 device.remove();
             });
-            let done = read_asleep(&mut bench.queue, &[1, 2]);
+            let done = sleep_until(&mut bench.queue, 2);
             assert!(done.iter().all(|done| done.result.is_err()), "{done:?}");
         });
         assert_eq!(bench.controller.life(), Life::Quiet);

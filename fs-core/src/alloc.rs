@@ -31,6 +31,7 @@ mod tests;
 pub use allocator::{
     Allocator, AllocatorStats, CloseError, FreeError, FrozenGroups, GroupFigures, GroupImage, MAX_ALLOCATION,
 };
+pub(crate) use counter::reserve_of;
 pub use counter::{Priority, Reservation, SpaceCounter};
 pub use group::GroupTransfer;
 pub use load::{GroupLoadError, GroupWarning, LoadedGroup, assemble, fresh};

@@ -17,10 +17,12 @@
 //!
 //! Excludes: how a step is done (`shard/relocate.rs`).
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 use serde::Serialize;
 
+use crate::alloc::reserve_of;
 use crate::error::FsError;
 use crate::request::{GroupFigures, GroupLease, RelocateStep, Relocated, Reply, Request};
 use crate::types::{BLOCK_SIZE, ShardId};
@@ -42,6 +44,8 @@ pub enum RelocateScope {
     Group(u64),
     /// Every group that holds something, one after the other.
     All,
+    /// Every group from this one on. All are closed before the first is emptied, and stay closed: see [`Relocation::opening`].
+    Tail(u64),
 }
 
 /// How far a relocation is.
@@ -87,6 +91,12 @@ pub enum RelocateError {
         /// The last one there is.
         last: u64,
     },
+    /// The groups before a tail cannot hold what the volume holds.
+    #[error("what the volume holds needs at least {groups} groups")]
+    TooSmall {
+        /// Groups that might do.
+        groups: u64,
+    },
     /// What is in the group has no other place.
     #[error("no room for the {} MiB in group {group}: free as much in shard {shard} first", (blocks * BLOCK_SIZE).div_ceil(1 << 20))]
     NoSpace {
@@ -124,7 +134,13 @@ pub struct Relocation {
     /// Shards whose groups are known.
     listed: u8,
     /// Groups to come, the next one last.
-    waiting: Vec<(ShardId, GroupFigures)>,
+    waiting: Vec<(ShardId, GroupFigures, GroupLease)>,
+    /// How many of them are closed, if all have to be before the first is emptied.
+    closed: usize,
+    /// Groups that are done with and stay closed.
+    held: Vec<(ShardId, u64, GroupLease)>,
+    /// Every group of the volume.
+    all: Vec<(ShardId, GroupFigures)>,
     last_group: u64,
     current: Option<Job>,
     progress: RelocateProgress,
@@ -139,6 +155,9 @@ impl Relocation {
             shards,
             listed: 0,
             waiting: Vec::new(),
+            closed: 0,
+            held: Vec::new(),
+            all: Vec::new(),
             last_group: 0,
             current: None,
             progress: RelocateProgress::default(),
@@ -150,6 +169,10 @@ impl Relocation {
     pub fn request(&self) -> Option<Request> {
         if self.listed < self.shards {
             return ShardId::new(self.listed).map(|shard| Request::Groups { shard });
+        }
+        if let Some((shard, figures, lease)) = self.to_close() {
+            let (shard, group, lease) = (*shard, figures.group, lease.clone());
+            return Some(Request::Relocate { shard, group, step: RelocateStep::Close, lease });
         }
         let job = self.current.as_ref()?;
         let (group, lease) = (job.figures.group, job.lease.clone());
@@ -164,7 +187,11 @@ impl Relocation {
         match answer {
             Ok(Reply::Groups(groups)) => self.list(groups),
             Ok(Reply::Relocated(done)) => {
-                self.advance(done);
+                if self.to_close().is_some() {
+                    self.has_closed(done.group);
+                } else {
+                    self.advance(done);
+                }
                 Ok(())
             }
             Err(FsError::NoSpace) => self.no_space(),
@@ -176,17 +203,37 @@ impl Relocation {
     /// Ends it as soon as the group at hand is open again.
     pub fn cancel(&mut self) {
         self.report.cancelled = true;
-        self.waiting.clear();
         self.listed = self.shards;
+        let waiting = self.waiting.drain(..).map(|(shard, figures, lease)| (shard, figures.group, lease));
+        self.held.extend(waiting);
         if let Some(job) = &mut self.current {
             job.step = RelocateStep::Open;
         }
+    }
+
+    /// Requests that open the groups which a [tail](RelocateScope::Tail) has left closed.
+    pub fn opening(&self) -> Vec<Request> {
+        let waiting = self.waiting.iter().map(|(shard, figures, lease)| (*shard, figures.group, lease));
+        let current = self.current.iter().map(|job| (job.shard, job.figures.group, &job.lease));
+        let held = self.held.iter().map(|(shard, group, lease)| (*shard, *group, lease));
+        let closed = waiting.chain(current).chain(held);
+        closed
+            .map(|(shard, group, lease)| {
+                let step = RelocateStep::Open;
+                Request::Relocate { shard, group, step, lease: lease.clone() }
+            })
+            .collect()
     }
 
     /// How far it is.
     pub fn progress(&self) -> RelocateProgress {
         let blocks = self.progress.blocks.max(self.progress.blocks_done);
         RelocateProgress { blocks, ..self.progress }
+    }
+
+    /// What it has done so far.
+    pub fn report(&self) -> &RelocateReport {
+        &self.report
     }
 
     /// What it has done.
@@ -198,29 +245,60 @@ impl Relocation {
         let shard = ShardId::new(self.listed).ok_or(FsError::Invalid)?;
         self.listed += 1;
         self.last_group = groups.iter().map(|group| group.group).chain([self.last_group]).max().unwrap_or(0);
-        let wanted = |group: &GroupFigures| match self.scope {
-            RelocateScope::Group(number) => group.group == number,
-            RelocateScope::All => group.in_use() > 0,
-        };
-        self.waiting.extend(groups.into_iter().filter(wanted).map(|group| (shard, group)));
+        self.all.extend(groups.into_iter().map(|group| (shard, group)));
         if self.listed < self.shards {
             return Ok(());
         }
+        let wanted = |(_, group): &&(ShardId, GroupFigures)| match self.scope {
+            RelocateScope::Group(number) => group.group == number,
+            RelocateScope::All => group.in_use() > 0,
+            RelocateScope::Tail(first) => group.group >= first,
+        };
+        let wanted = self.all.iter().filter(wanted);
+        self.waiting = wanted.map(|(shard, group)| (*shard, *group, GroupLease::default())).collect();
         if let (RelocateScope::Group(group), true) = (self.scope, self.waiting.is_empty()) {
             return Err(RelocateError::NoGroup { group, last: self.last_group });
         }
-        self.waiting.sort_by_key(|(_, group)| std::cmp::Reverse((group.in_use(), group.group)));
+        if let RelocateScope::Tail(first) = self.scope {
+            let groups = groups_needed(&self.all);
+            if groups > first {
+                return Err(RelocateError::TooSmall { groups });
+            }
+        }
+        self.waiting.sort_by_key(|(_, group, _)| std::cmp::Reverse((group.in_use(), group.group)));
         self.progress.groups = self.waiting.len() as u64;
-        self.progress.blocks = self.waiting.iter().map(|(_, group)| group.in_use()).sum();
-        self.next_group();
+        self.progress.blocks = self.waiting.iter().map(|(_, group, _)| group.in_use()).sum();
+        if self.to_close().is_none() {
+            self.next_group();
+        }
         Ok(())
     }
 
+    /// The group to be closed before any is emptied.
+    fn to_close(&self) -> Option<&(ShardId, GroupFigures, GroupLease)> {
+        matches!(self.scope, RelocateScope::Tail(_)).then(|| self.waiting.get(self.closed)).flatten()
+    }
+
+    fn has_closed(&mut self, figures: GroupFigures) {
+        self.waiting[self.closed].1 = figures;
+        self.closed += 1;
+        if self.to_close().is_some() {
+            return;
+        }
+        // Nothing comes into these any more.
+        let empty = self.waiting.extract_if(.., |(_, figures, _)| figures.in_use() + figures.pinned == 0);
+        let empty: Vec<_> = empty.collect();
+        self.progress.groups_done += empty.len() as u64;
+        self.held.extend(empty.into_iter().map(|(shard, figures, lease)| (shard, figures.group, lease)));
+        self.closed = usize::MAX;
+        self.next_group();
+    }
+
     fn next_group(&mut self) {
-        self.current = self.waiting.pop().map(|(shard, figures)| Job {
+        self.current = self.waiting.pop().map(|(shard, figures, lease)| Job {
             shard,
             figures,
-            lease: GroupLease::default(),
+            lease,
             step: RelocateStep::START,
             pass: 1,
             settles: 0,
@@ -249,6 +327,13 @@ impl Relocation {
         };
         if job.step == RelocateStep::Open {
             self.close_account();
+            if matches!(self.scope, RelocateScope::Tail(_))
+                && let Some(job) = self.current.take()
+            {
+                self.held.push((job.shard, job.figures.group, job.lease));
+                self.progress.groups_done += 1;
+                self.next_group();
+            }
         }
     }
 
@@ -270,6 +355,10 @@ impl Relocation {
     }
 
     fn no_space(&mut self) -> Result<(), RelocateError> {
+        if let RelocateScope::Tail(first) = self.scope {
+            // What remains would do, but for being in pieces, or promised to writes.
+            return Err(RelocateError::TooSmall { groups: groups_needed(&self.all).max(first + 1) });
+        }
         let Some(job) = &mut self.current else { return Err(FsError::NoSpace.into()) };
         let error = RelocateError::NoSpace {
             group: job.figures.group,
@@ -284,6 +373,22 @@ impl Relocation {
         self.close_account();
         Ok(())
     }
+}
+
+/// Groups, from the first on, that can hold what all of them hold, and what the shards keep in reserve.
+fn groups_needed(all: &[(ShardId, GroupFigures)]) -> u64 {
+    let mut by_number: Vec<_> = all.iter().collect();
+    by_number.sort_by_key(|(_, group)| group.group);
+    let in_use: u64 = all.iter().map(|(_, group)| group.in_use()).sum();
+    let mut capacities: BTreeMap<ShardId, u64> = BTreeMap::new();
+    for (shard, group) in by_number {
+        *capacities.entry(*shard).or_default() += group.capacity;
+        let spare: u64 = capacities.values().map(|capacity| capacity - reserve_of(*capacity)).sum();
+        if spare >= in_use {
+            return group.group + 1;
+        }
+    }
+    all.len() as u64
 }
 
 impl Job {

@@ -241,6 +241,8 @@ impl GroupLease {
 /// A step of emptying a group; a relocation goes through all of them in this order, several times if need be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RelocateStep {
+    /// Allocate nothing there any more.
+    Close,
     /// Move data from this block on.
     Data(BlockNr),
     /// Copy tree nodes, from this key on.

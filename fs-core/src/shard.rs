@@ -229,7 +229,10 @@ impl Shard {
                 self.finish_returns().await;
                 Ok(PeerReply::Done)
             }
-            PeerCall::SurrenderGroup => Ok(PeerReply::Transfer(self.alloc.borrow_mut().surrender())),
+            PeerCall::SurrenderGroup(limit) => {
+                Ok(PeerReply::Transfer(self.alloc.borrow_mut().surrender(limit)))
+            }
+            PeerCall::Resize(step) => Ok(PeerReply::Resized(self.resize_volume(step))),
             PeerCall::Recover => {
                 self.recover_orphans().await?;
                 Ok(PeerReply::Done)

@@ -12,7 +12,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use reactor::{Context, ReactorHandle, Sender, oneshot};
@@ -22,17 +22,20 @@ use uuid::Uuid;
 use crate::alloc::SpaceCounter;
 use crate::data::{DataReport, DelallocShared, WriteParts};
 use crate::error::FsError;
+use crate::format::group::VolumeLayout;
 use crate::request::{KillPrivileges, Reply, Request, SpaceReport, SyncScope, WriteSource};
 use crate::shard::message::{PeerCall, PeerMessage, PeerReply, RequestMessage};
 use crate::superblock::LogArea;
-use crate::types::{BLOCK_SIZE, BlockNr, Epoch, FileOffset, InodeNr, ShardId};
+use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, Epoch, FileOffset, InodeNr, ShardId};
 
 use self::coordinator::{CoordinatorMessage, call_all};
 
 pub(crate) mod coordinator;
 mod mount;
+mod resize;
 
 pub use self::mount::{MountError, MountOptions};
+pub use self::resize::{ResizeError, ResizeReport};
 
 /// What other threads and shards may touch of a shard.
 pub(crate) struct ShardShared {
@@ -72,7 +75,12 @@ pub(crate) struct VolumeShared {
     /// Identity of the volume.
     pub(crate) uuid: Uuid,
     label: String,
-    blocks: u64,
+    /// Where the groups lie, as the current superblock says.
+    layout: Mutex<VolumeLayout>,
+    /// Blocks of the device.
+    device_blocks: BlockCount,
+    /// Groups from this one on do not change owners, as long as the lease is held.
+    shrinking: Mutex<Option<(u64, Weak<()>)>>,
 }
 
 impl VolumeShared {
@@ -138,6 +146,18 @@ impl VolumeShared {
         let segments =
             area.iter().flat_map(|area| area.segments.map(|start| (start, u64::from(area.blocks))));
         segments.filter(|(start, _)| blocks.contains(&start.get())).collect()
+    }
+
+    /// Where the groups lie.
+    fn layout(&self) -> VolumeLayout {
+        *self.layout.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Groups from this one on do not change owners: they are to leave the volume.
+    pub(crate) fn surrender_limit(&self) -> u64 {
+        let shrinking = self.shrinking.lock().unwrap_or_else(PoisonError::into_inner);
+        let limit = shrinking.as_ref().filter(|(_, lease)| lease.strong_count() > 0);
+        limit.map_or(u64::MAX, |(first, _)| *first)
     }
 
     /// Notes that data was written to the device: it is in its cache, perhaps not on its medium. To be called after
@@ -247,7 +267,7 @@ impl VolumeShared {
 
     /// Space of the whole volume.
     pub(crate) fn space(&self) -> SpaceReport {
-        let mut report = SpaceReport { blocks: self.blocks, ..SpaceReport::default() };
+        let mut report = SpaceReport { blocks: self.layout().blocks().get(), ..SpaceReport::default() };
         for shard in &self.shards {
             report.free += shard.counter.free() + shard.counter.pinned();
             report.available += shard.counter.available() + shard.counter.pinned();

@@ -26,6 +26,7 @@ mod clone;
 mod dedupe;
 mod dump;
 mod fsck;
+mod grow;
 mod identify;
 mod list;
 mod mkfs;
@@ -83,6 +84,7 @@ enum Task {
     Clone(clone::Clone),
     Dedupe(dedupe::Dedupe),
     Relocate(relocate::Relocate),
+    Grow(grow::Grow),
     Scrub(scrub::Scrub),
     Sync(sync::Sync),
 }
@@ -107,6 +109,7 @@ impl Pollux {
             Task::Clone(clone) => clone.run(),
             Task::Dedupe(dedupe) => dedupe.run(),
             Task::Relocate(relocate) => relocate.run(),
+            Task::Grow(grow) => grow.run(),
             Task::Scrub(scrub) => scrub.run(),
             Task::Sync(sync) => sync.run(),
         };

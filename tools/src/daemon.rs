@@ -363,15 +363,28 @@ impl Figures {
 
     /// Empties groups as long as the client listens.
     fn relocate(&self, scope: RelocateScope, progress: Tell<'_>) -> Result<Value, String> {
-        let watch = |now: RelocateProgress| match progress(Progress {
-            done: now.blocks_done.min(now.blocks),
-            total: now.blocks,
-        }) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(_) => ControlFlow::Break(()),
-        };
-        let report = self.volume.relocate_blocking(scope, watch).map_err(|error| error.to_string())?;
+        let report =
+            self.volume.relocate_blocking(scope, telling(progress)).map_err(|error| error.to_string())?;
         serde_json::to_value(report).map_err(|error| format!("cannot write JSON: {error}"))
+    }
+
+    fn grow(&self, to: Option<u64>) -> Result<Value, String> {
+        let report = self.volume.grow_blocking(to).map_err(|error| error.to_string())?;
+        serde_json::to_value(report).map_err(|error| format!("cannot write JSON: {error}"))
+    }
+
+    /// Makes the volume smaller, unless the client goes away before.
+    fn shrink(&self, to: u64, progress: Tell<'_>) -> Result<Value, String> {
+        let report = self.volume.shrink_blocking(to, telling(progress)).map_err(|error| error.to_string())?;
+        serde_json::to_value(report).map_err(|error| format!("cannot write JSON: {error}"))
+    }
+}
+
+/// Tells a client how far a relocation is, as long as it listens.
+fn telling(progress: Tell<'_>) -> impl FnMut(RelocateProgress) -> ControlFlow<()> {
+    move |now| match progress(Progress { done: now.blocks_done.min(now.blocks), total: now.blocks }) {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(_) => ControlFlow::Break(()),
     }
 }
 
@@ -384,6 +397,8 @@ impl Handler for Figures {
             Command::Sync => self.sync(),
             Command::Scrub => self.scrub(progress),
             Command::Relocate(scope) => self.relocate(scope, progress),
+            Command::Grow(to) => self.grow(to),
+            Command::Shrink(to) => self.shrink(to, progress),
             Command::Dedupe(range) => self.deduplicate(range),
         }
     }

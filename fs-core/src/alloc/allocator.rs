@@ -28,6 +28,8 @@ use super::counter::{Reservation, SpaceCounter};
 use super::group::{Group, GroupTransfer};
 use super::load::LoadedGroup;
 
+mod resize;
+
 /// Blocks of one data allocation at most: 1 MiB, the longest run and file extent.
 pub const MAX_ALLOCATION: BlockCount = BlockCount::new(256);
 
@@ -165,6 +167,8 @@ pub struct Allocator {
     pinned: u64,
     /// Groups in which nothing is allocated, as long as somebody holds the lease.
     closed: BTreeMap<u64, Weak<()>>,
+    /// Empty groups that leave the volume with the next checkpoint, or come back.
+    leaving: Vec<Group>,
 }
 
 impl Allocator {
@@ -194,6 +198,7 @@ impl Allocator {
             frozen: None,
             pinned: 0,
             closed: BTreeMap::new(),
+            leaving: Vec::new(),
         };
         let mut runs = Vec::new();
         for loaded in groups {
@@ -455,6 +460,11 @@ impl Allocator {
         abandoned.into_iter().for_each(|number| self.open(number));
     }
 
+    /// Where the volume's groups lie.
+    pub fn layout(&self) -> &VolumeLayout {
+        &self.layout
+    }
+
     /// What each group of the shard holds, in rising order.
     pub fn figures(&self) -> Vec<GroupFigures> {
         self.groups.keys().filter_map(|number| self.figures_of(*number)).collect()
@@ -485,15 +495,15 @@ impl Allocator {
         self.index(number);
     }
 
-    /// Gives an empty group away, if this shard can spare one: none of it is promised, the floor stays, and so do a
+    /// Gives an empty group below `limit` away, if this shard can spare one: none of it is promised, the floor stays, and so do a
     /// few groups.
-    pub fn surrender(&mut self) -> Option<GroupTransfer> {
+    pub fn surrender(&mut self, limit: u64) -> Option<GroupTransfer> {
         if self.groups.len() <= MIN_OWNED_GROUPS {
             return None;
         }
         let number = *self
             .groups
-            .iter()
+            .range(..limit)
             .rev()
             .find(|(number, group)| group.may_leave() && !self.closed.contains_key(*number))?
             .0;

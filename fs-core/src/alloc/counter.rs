@@ -199,10 +199,7 @@ impl SpaceCounter {
     }
 
     fn set_capacity(&self, capacity: u64) {
-        let clusters = capacity / CLUSTER_BLOCKS;
-        let floor =
-            (clusters / FLOOR_DIVISOR).clamp(MIN_FLOOR_CLUSTERS, MAX_FLOOR_CLUSTERS).min(clusters / 4);
-        self.floor_clusters.store(floor, Ordering::Relaxed);
+        self.floor_clusters.store(reserve_of(capacity) / CLUSTER_BLOCKS, Ordering::Relaxed);
         self.capacity.store(capacity, Ordering::Relaxed);
     }
 
@@ -211,6 +208,13 @@ impl SpaceCounter {
     pub(super) fn unpromised(&self) -> (u64, u64) {
         (self.blocks.load(Ordering::SeqCst), self.clusters.load(Ordering::SeqCst))
     }
+}
+
+/// Blocks of the floor of a shard of so many blocks.
+pub(crate) fn reserve_of(capacity: u64) -> u64 {
+    let clusters = capacity / CLUSTER_BLOCKS;
+    let floor = (clusters / FLOOR_DIVISOR).clamp(MIN_FLOOR_CLUSTERS, MAX_FLOOR_CLUSTERS).min(clusters / 4);
+    floor * CLUSTER_BLOCKS
 }
 
 /// Lowers `value` by `amount` if at least `floor` is left.

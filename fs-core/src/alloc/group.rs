@@ -232,6 +232,29 @@ impl Group {
         self.free_blocks == self.capacity && self.changed == Change::None
     }
 
+    /// The volume's end, which lay in this group, has moved from bit `end` to bit `new_end`: what is between is free. Both are at the
+    /// border of a cluster, and behind all of the volume's own structures.
+    pub(super) fn extend(&mut self, end: usize, new_end: usize) {
+        let run = BitRun { start: end, len: new_end - end };
+        assert!(self.used.all_set(run), "what lies behind the end counts as used");
+        self.used.clear(run);
+        self.busy.clear(run);
+        self.free_blocks += run.len;
+        self.free_clusters += run.len / super::bitmap::CLUSTER_BITS;
+        self.capacity += run.len;
+        self.changed = Change::Open;
+    }
+
+    /// Whether nothing of it is used, pinned or taken.
+    pub(super) fn is_empty(&self) -> bool {
+        self.free_blocks == self.capacity
+    }
+
+    /// Part of the current slot in the digest of all groups.
+    pub(super) fn contribution(&self) -> u64 {
+        self.contribution
+    }
+
     /// A new owner has to be written down.
     pub(super) fn mark_changed(&mut self) {
         self.changed = Change::Open;

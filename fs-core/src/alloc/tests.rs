@@ -386,7 +386,7 @@ impl World {
             Step::Checkpoint => self.checkpoint(),
             Step::Crash { kept, fall_back } => self.crash(kept, fall_back),
             Step::Transfer { from } => {
-                if let Some(group) = self.allocators[from].surrender() {
+                if let Some(group) = self.allocators[from].surrender(u64::MAX) {
                     self.allocators[1 - from].adopt(group);
                 }
             }
@@ -544,14 +544,14 @@ fn only_an_empty_and_durably_unchanged_group_leaves() {
     assert!(world.reserve(0, 0, 1, Priority::Normal));
     assert!(world.allocate_node(0));
     let mut left = 0;
-    while let Some(group) = world.allocators[0].surrender() {
+    while let Some(group) = world.allocators[0].surrender(u64::MAX) {
         assert_ne!(group.group(), 0, "group 0 holds a node");
         world.allocators[1].adopt(group);
         left += 1;
     }
     assert_eq!(left, 15, "one of sixteen groups stays");
     assert!(
-        world.allocators[1].surrender().is_some_and(|group| group.group() % 2 == 1),
+        world.allocators[1].surrender(u64::MAX).is_some_and(|group| group.group() % 2 == 1),
         "adopted ones are not durable"
     );
 }

@@ -146,6 +146,14 @@ impl VolumeLayout {
         })
     }
 
+    /// The layout of the same volume with another end, at most `blocks` blocks from its beginning.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn resized(&self, blocks: BlockCount) -> Result<Self, LayoutError> {
+        Self::new(BlockCount::new(usable_blocks(blocks.get(), self.group_shift)), self.group_shift)
+    }
+
     /// Blocks of the volume: a multiple of [`CLUSTER_BLOCKS`].
     pub const fn blocks(&self) -> BlockCount {
         BlockCount::new(self.blocks)

@@ -18,6 +18,7 @@ use crate::tree::TreeRoot;
 use crate::types::{BlockCount, BlockNr, Epoch};
 
 use super::Shard;
+use super::message::ResizeStep;
 
 /// Node and bitmap writes that a checkpoint keeps in flight on a shard.
 const CHECKPOINT_WRITES: usize = 32;
@@ -120,6 +121,27 @@ impl Shard {
             inode: None,
         })?;
         Ok(Some(start))
+    }
+
+    /// Takes a step of a change of the volume's size; see [`ResizeStep`].
+    pub(crate) fn resize_volume(&self, step: ResizeStep) -> Option<u64> {
+        let mut alloc = self.alloc.borrow_mut();
+        match step {
+            ResizeStep::Grow(layout) => {
+                let shards = self.volume.shard_count() as u64;
+                let own = |group: &u64| group % shards == u64::from(self.id.get());
+                let added: Vec<u64> = (alloc.layout().groups()..layout.groups()).filter(own).collect();
+                let count = added.len() as u64;
+                alloc.grow(layout, added.into_iter());
+                Some(count)
+            }
+            ResizeStep::Detach(first) => alloc.detach(first),
+            ResizeStep::Reattach => {
+                alloc.reattach();
+                Some(0)
+            }
+            ResizeStep::Shrink(layout) => Some(alloc.shrink(layout)),
+        }
     }
 
     /// Notes that `epoch` is durable: what was freed before it may be used again.

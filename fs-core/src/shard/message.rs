@@ -10,6 +10,7 @@ use reactor::{OneshotSender, oneshot};
 use crate::alloc::GroupTransfer;
 use crate::data::{LendingCall, LendingReply};
 use crate::error::FsError;
+use crate::format::group::VolumeLayout;
 use crate::format::log::Section;
 use crate::namespace::{NamespaceCall, NamespaceReply};
 use crate::request::{Reply, Request};
@@ -52,8 +53,10 @@ pub(crate) enum PeerCall {
     FlushData,
     /// Wait until unlinked inodes that nobody uses are deleted. → [`PeerReply::Done`]
     FinishDeletions,
-    /// Give an empty allocation group away. → [`PeerReply::Transfer`]
-    SurrenderGroup,
+    /// Give an empty allocation group away, one below this number. → [`PeerReply::Transfer`]
+    SurrenderGroup(u64),
+    /// A step of a change of the volume's size. → [`PeerReply::Resized`]
+    Resize(ResizeStep),
     /// Finish what a crash interrupted. → [`PeerReply::Done`]
     Recover,
     /// → [`PeerReply::Report`]
@@ -64,6 +67,19 @@ pub(crate) enum PeerCall {
     Namespace(NamespaceCall),
     /// Clones between shards, and blocks that go back. → [`PeerReply::Lending`]
     Lending(LendingCall),
+}
+
+/// A step of a change of the volume's size. The coordinator takes it between two checkpoints.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum ResizeStep {
+    /// The volume ends further behind; of the new groups the shard takes every one whose number says so. Yields how many.
+    Grow(VolumeLayout),
+    /// Take the shard's groups from this one on out of hands, if all of them are closed and empty. Yields how many; with any that is not, none.
+    Detach(u64),
+    /// Take them back.
+    Reattach,
+    /// The volume ends before them. Yields their part in the digest of all groups.
+    Shrink(VolumeLayout),
 }
 
 /// What a peer answers.
@@ -83,6 +99,8 @@ pub(crate) enum PeerReply {
     LogMoved(Option<BlockNr>),
     /// A group, if one could be spared.
     Transfer(Option<GroupTransfer>),
+    /// What a step of a change of size has come to; `None` if it could not be. See [`ResizeStep`].
+    Resized(Option<u64>),
     /// Figures.
     Report(Box<ShardReport>),
     /// The namespace's own.

@@ -100,7 +100,7 @@ impl Shard {
             RelocateStep::Data(from) => self.relocate_data(blocks, from, &mut done).await?,
             RelocateStep::Nodes(from) => self.relocate_nodes(&blocks, from, &mut done).await?,
             RelocateStep::Settle => self.settle(&blocks, &mut done).await?,
-            RelocateStep::Open => {}
+            RelocateStep::Close | RelocateStep::Open => {}
         }
         done.group = self.alloc.borrow().figures_of(group).ok_or(FsError::Invalid)?;
         Ok(done)
@@ -137,6 +137,8 @@ impl Shard {
             match closed {
                 Ok(()) => return Ok(()),
                 Err(CloseError::NotOwned { .. }) => return Err(FsError::Invalid),
+                // Another shard may have a group to spare.
+                Err(CloseError::Needed { .. }) if self.adopt_group().await? => continue,
                 Err(CloseError::Needed { .. }) if checkpoints == 2 => return Err(FsError::NoSpace),
                 Err(CloseError::Needed { .. }) => self.close_epoch_for_space().await?,
             }

@@ -358,9 +358,11 @@ impl Shard {
     }
 
     /// Asks the other shards for an empty group; `false` if none can spare one.
-    async fn adopt_group(&self) -> Result<bool, FsError> {
+    pub(super) async fn adopt_group(&self) -> Result<bool, FsError> {
+        let limit = self.volume.surrender_limit();
         for peer in self.volume.peers_by_space(self.id) {
-            if let PeerReply::Transfer(Some(group)) = self.call(peer, PeerCall::SurrenderGroup).await? {
+            if let PeerReply::Transfer(Some(group)) = self.call(peer, PeerCall::SurrenderGroup(limit)).await?
+            {
                 self.log.note_untold();
                 self.alloc.borrow_mut().adopt(group);
                 return Ok(true);

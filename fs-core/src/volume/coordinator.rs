@@ -43,6 +43,7 @@ use crate::shard::message::{PeerCall, PeerReply};
 use crate::superblock::{self, LogArea};
 use crate::types::{Epoch, ShardId};
 
+use super::resize::{Resize, ResizeError};
 use super::{Closing, VolumeShared};
 
 /// Checkpoint requests that may wait at once.
@@ -60,6 +61,8 @@ pub(crate) enum CoordinatorMessage {
     Commit(OneshotSender<Result<(), FsError>>),
     /// The same by a checkpoint.
     Checkpoint(OneshotSender<Result<(), FsError>>),
+    /// Change the volume's size.
+    Resize(Resize, OneshotSender<Result<(), ResizeError>>),
     /// End.
     Stop,
 }
@@ -67,9 +70,9 @@ pub(crate) enum CoordinatorMessage {
 /// The coordinator's own state.
 pub(super) struct Coordinator {
     ctx: Context,
-    disk: VolumeDisk,
-    volume: Arc<VolumeShared>,
-    superblock: Superblock,
+    pub(super) disk: VolumeDisk,
+    pub(super) volume: Arc<VolumeShared>,
+    pub(super) superblock: Superblock,
     log: Option<LogWriter>,
 }
 
@@ -112,6 +115,7 @@ impl Coordinator {
     pub(super) async fn run(mut self, mut mailbox: Receiver<CoordinatorMessage>) {
         loop {
             let mut waiting = Vec::new();
+            let mut resizes = Vec::new();
             let mut way = Way::Commit;
             let mut stop = false;
             let mut next = mailbox.recv().await;
@@ -122,6 +126,7 @@ impl Coordinator {
                         way = Way::Checkpoint;
                         waiting.push(reply);
                     }
+                    Some(CoordinatorMessage::Resize(resize, reply)) => resizes.push((resize, reply)),
                     Some(CoordinatorMessage::Stop) => stop = true,
                     None => break,
                 }
@@ -130,13 +135,18 @@ impl Coordinator {
                 }
                 next = mailbox.try_recv();
             }
-            if waiting.is_empty() {
+            if waiting.is_empty() && resizes.is_empty() {
                 return;
             }
-            let result = self.make_durable(way).await;
-            for reply in waiting {
-                // Whoever has stopped waiting needs no answer.
-                let _abandoned = reply.send(result.clone());
+            if !waiting.is_empty() {
+                let result = self.make_durable(way).await;
+                for reply in waiting {
+                    // Whoever has stopped waiting needs no answer.
+                    let _abandoned = reply.send(result.clone());
+                }
+            }
+            for (resize, reply) in resizes {
+                let _abandoned = reply.send(self.resize(resize).await);
             }
             if stop {
                 return;
@@ -204,7 +214,7 @@ impl Coordinator {
         Ok(true)
     }
 
-    async fn checkpoint(&mut self) -> Result<(), FsError> {
+    pub(super) async fn checkpoint(&mut self) -> Result<(), FsError> {
         let area = match self.superblock.log {
             Some(area) => Some(self.move_log(area.switched()).await?),
             None => self.make_log().await?,
@@ -270,7 +280,7 @@ impl Coordinator {
         Ok(segments.map(|segments| LogArea { segments, blocks, current: 0 }))
     }
 
-    async fn all_shards(
+    pub(super) async fn all_shards(
         &self,
         call: impl Fn(ShardId) -> PeerCall,
     ) -> Result<Vec<(ShardId, PeerReply)>, FsError> {

@@ -35,7 +35,7 @@ use crate::shard::message::{PeerCall, PeerMessage, RequestMessage};
 use crate::shard::{PEER_SLOTS, REQUEST_SLOTS, Shard, ShardParts};
 use crate::superblock::{self, LogArea, SuperblockError};
 use crate::tree::TreeIdentity;
-use crate::types::{BLOCK_SIZE, Epoch, ShardId};
+use crate::types::{BLOCK_SIZE, BlockCount, Epoch, ShardId};
 
 use super::coordinator::{
     CHECKPOINT_SLOTS, Coordinator, CoordinatorMessage, call_all, epoch_after, keep_commit_interval,
@@ -150,7 +150,7 @@ impl Volume {
             tracing::warn!(device, warning);
         }
         let Shared { volume: shared, mailboxes, checkpoints } =
-            share(&superblock, log.last_epoch(), handles, &options, warnings)?;
+            share(&superblock, disk.blocks(), log.last_epoch(), handles, &options, warnings)?;
         start_shards(&shared, &superblock, mailboxes, groups, &options).await.map_err(failed)?;
         let mut coordinator = Coordinator::new(ctx.clone(), disk, Arc::clone(&shared), superblock);
         if in_use {
@@ -198,6 +198,7 @@ fn spawn(ctx: &Context, task: impl Future<Output = ()> + 'static) -> Result<(), 
 /// Builds what the shards share.
 fn share(
     superblock: &Superblock,
+    device_blocks: BlockCount,
     logged: Option<Epoch>,
     handles: &[ReactorHandle],
     options: &MountOptions,
@@ -242,7 +243,9 @@ fn share(
         hash_seed: superblock.hash_seed,
         uuid: superblock.uuid,
         label: superblock.label.clone(),
-        blocks: superblock.layout.blocks().get(),
+        layout: Mutex::new(superblock.layout),
+        device_blocks,
+        shrinking: Mutex::new(None),
     };
     Ok(Shared { volume: Arc::new(shared), mailboxes, checkpoints })
 }

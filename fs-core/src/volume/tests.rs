@@ -23,6 +23,7 @@ mod model;
 mod oracle;
 mod planted;
 mod relocate;
+mod resize;
 mod scrub;
 mod simulate;
 mod unreplayed;

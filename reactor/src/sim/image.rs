@@ -32,6 +32,18 @@ impl DiskImage {
         image
     }
 
+    /// The same cut off, or with zeroes behind it: `len` bytes, as after the device was made smaller or larger.
+    ///
+    /// # Panics
+    /// If it is cut in the middle of 4 KiB.
+    #[must_use]
+    pub fn resized(mut self, len: u64) -> Self {
+        assert!(len >= self.len || len.is_multiple_of(CHUNK as u64), "an image is cut between chunks");
+        self.chunks.split_off(&len.div_ceil(CHUNK as u64));
+        self.len = len;
+        self
+    }
+
     /// Bytes.
     pub fn len(&self) -> u64 {
         self.len

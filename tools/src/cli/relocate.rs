@@ -9,6 +9,7 @@ use super::scrub::{BLOCK, Shown};
 use super::{Daemon, print_json};
 use crate::control::client::ask_and_watch;
 use crate::control::protocol::Command;
+use crate::device::parse_size;
 use crate::failure::Failure;
 use crate::output::outln;
 use crate::quantity::show_size;
@@ -18,6 +19,8 @@ use crate::quantity::show_size;
 #[command(after_help = "\
 The volume stays in use, and what files share stays shared. Ctrl-C ends it after the step at hand: it has simply moved
 less. --all empties one group after the other, the emptiest first, which leaves free space in long stretches.
+--shrink-to empties what lies behind SIZE, and then the volume ends before it, at the border of a group: the device,
+or the image file, may be cut there as soon as the volume is unmounted.
 
 Exit codes: 0 every group was emptied, 1 something was left (it says what and why) or it could not run
 
@@ -28,12 +31,16 @@ pub(super) struct Relocate {
     daemon: Daemon,
 
     /// Empty this group
-    #[arg(long, value_name = "N", required_unless_present = "all", conflicts_with = "all")]
+    #[arg(long, value_name = "N", required_unless_present_any = ["all", "shrink_to"], conflicts_with = "all")]
     group: Option<u64>,
 
     /// Empty every group that holds something, one after the other
     #[arg(long)]
     all: bool,
+
+    /// Make the volume smaller: at most this size, like 20GiB
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with_all = ["all", "group"])]
+    shrink_to: Option<u64>,
 
     /// Print one JSON document
     #[arg(long)]
@@ -42,6 +49,35 @@ pub(super) struct Relocate {
 
 impl Relocate {
     pub(super) fn run(&self) -> Result<(), Failure> {
+        self.shrink_to.map_or_else(|| self.empty(), |bytes| self.shrink(bytes))
+    }
+
+    fn shrink(&self, bytes: u64) -> Result<(), Failure> {
+        let mut shown = Shown::new("moved");
+        let started = Instant::now();
+        let socket = self.daemon.socket()?;
+        let result = ask_and_watch(&socket, Command::Shrink(bytes), &mut |progress| shown.update(progress));
+        shown.bar.finish_and_clear();
+        let result = result?;
+        if self.json {
+            return print_json(&result);
+        }
+        let number = |key: &str| result[key].as_u64().unwrap_or(0);
+        let moved = &result["relocated"];
+        outln!(
+            "the volume has {} ({} bytes) in {} groups now, {} before: {} of data and {} tree nodes moved in {:.1} s",
+            show_size(number("bytes")),
+            number("bytes"),
+            number("groups"),
+            show_size(number("bytes_before")),
+            show_size(moved["blocks"].as_u64().unwrap_or(0).saturating_mul(BLOCK)),
+            moved["nodes"].as_u64().unwrap_or(0),
+            started.elapsed().as_secs_f64()
+        );
+        Ok(())
+    }
+
+    fn empty(&self) -> Result<(), Failure> {
         let scope = self.group.map_or(RelocateScope::All, RelocateScope::Group);
         let mut shown = Shown::new("moved");
         let started = Instant::now();

@@ -6,7 +6,7 @@
 //! → {"version":1,"command":"sync"}
 //! ← {"version":1,"result":{"took_ns":1234567}}
 //! → {"version":1,"command":"fly"}
-//! ← {"version":1,"error":"unknown command `fly`: this daemon knows status, sync, scrub, relocate, dedupe"}
+//! ← {"version":1,"error":"unknown command `fly`: this daemon knows status, sync, scrub, relocate, grow, shrink, dedupe"}
 //! → {"version":1,"command":"scrub"}
 //! ← {"version":1,"progress":{"done":4096,"total":81920}}
 //! ← {"version":1,"result":{"blocks":81234,"damage":[]}}
@@ -46,6 +46,9 @@ pub struct ControlRequest {
     /// `relocate`: the group to empty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<u64>,
+    /// `shrink`, `grow`: the size that the volume is to have; without it, `grow` takes the whole device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
     /// `dedupe`: what is to be shared.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub range: Option<SharedRange>,
@@ -117,6 +120,10 @@ pub enum Command {
     Scrub,
     /// Everything is moved out of a group, or out of one group after the other.
     Relocate(RelocateScope),
+    /// The volume becomes so many bytes large, or as large as its device.
+    Grow(Option<u64>),
+    /// What lies behind so many bytes is moved, and the volume ends before it.
+    Shrink(u64),
     /// Two ranges share their blocks, if they hold the same bytes.
     Dedupe(SharedRange),
 }
@@ -129,6 +136,8 @@ impl Command {
             Self::Sync => "sync",
             Self::Scrub => "scrub",
             Self::Relocate(_) => "relocate",
+            Self::Grow(_) => "grow",
+            Self::Shrink(_) => "shrink",
             Self::Dedupe(_) => "dedupe",
         }
     }
@@ -139,11 +148,16 @@ impl Command {
             Self::Relocate(RelocateScope::Group(group)) => Some(group),
             _ => None,
         };
+        let bytes = match self {
+            Self::Grow(bytes) => bytes,
+            Self::Shrink(bytes) => Some(bytes),
+            _ => None,
+        };
         let range = match self {
             Self::Dedupe(range) => Some(range),
             _ => None,
         };
-        ControlRequest { version: VERSION, command: self.name().into(), group, range }
+        ControlRequest { version: VERSION, command: self.name().into(), group, bytes, range }
     }
 
     /// What a request line asks for.
@@ -160,11 +174,21 @@ impl Command {
         if request.command == "dedupe" && request.range.is_none() {
             return Err("dedupe needs a range".to_owned());
         }
-        let dedupe = request.range.map(Self::Dedupe);
-        let known = [Self::Status, Self::Sync, Self::Scrub, Self::Relocate(scope)];
-        known.into_iter().chain(dedupe).find(|command| command.name() == request.command).ok_or_else(|| {
-            let command = request.command.escape_debug();
-            format!("unknown command `{command}`: this daemon knows status, sync, scrub, relocate, dedupe")
-        })
+        if request.command == "shrink" && request.bytes.is_none() {
+            return Err("shrink needs a number of bytes".to_owned());
+        }
+        let (dedupe, shrink) = (request.range.map(Self::Dedupe), request.bytes.map(Self::Shrink));
+        let known = [Self::Status, Self::Sync, Self::Scrub, Self::Relocate(scope), Self::Grow(request.bytes)];
+        known
+            .into_iter()
+            .chain(dedupe)
+            .chain(shrink)
+            .find(|command| command.name() == request.command)
+            .ok_or_else(|| {
+                let command = request.command.escape_debug();
+                format!(
+                    "unknown command `{command}`: this daemon knows status, sync, scrub, relocate, dedupe"
+                )
+            })
     }
 }

@@ -27,6 +27,7 @@ impl Handler for Fake {
                 Ok(json!("done"))
             }
             Command::Relocate(scope) => Ok(json!(format!("{scope:?}"))),
+            Command::Grow(_) | Command::Shrink(_) => Ok(json!(format!("{command:?}"))),
             Command::Dedupe(range) => Ok(json!(range)),
         }
     }
@@ -82,6 +83,16 @@ fn relocation_is_asked_for_with_its_group_or_for_all_groups() {
         let answer = ask(&fixture.socket(), Command::Relocate(scope)).unwrap();
         assert_eq!(answer, json!(format!("{scope:?}")));
     }
+}
+
+#[test]
+fn size_is_asked_for_in_bytes() {
+    let fixture = Fixture::new();
+    for command in [Command::Grow(None), Command::Grow(Some(1 << 30)), Command::Shrink(1 << 29)] {
+        assert_eq!(ask(&fixture.socket(), command).unwrap(), json!(format!("{command:?}")));
+    }
+    let parsed = Command::parse(b"{\"version\":1,\"command\":\"shrink\"}");
+    assert_eq!(parsed, Err("shrink needs a number of bytes".to_owned()));
 }
 
 #[test]

@@ -72,7 +72,7 @@ async fn unlink_name(volume: &Volume, name: &str) {
     assert_eq!(unlinked, Ok(Reply::Done));
 }
 
-async fn unlink(volume: &Volume, name: &str, inode: InodeNr) {
+pub(super) async fn unlink(volume: &Volume, name: &str, inode: InodeNr) {
     unlink_name(volume, name).await;
     assert_eq!(volume.call(Request::Forget { inode, lookups: 1 }).await, Ok(Reply::Done));
 }

@@ -316,9 +316,13 @@ impl Figures {
                 Ok(json!({ "same": shared.is_some(), "extents": shared.map_or(0, |shared| shared.extents) }))
             }
             Ok(other) => Err(format!("the volume gave a wrong answer: {other:?}")),
-            // Deleted, cut off or written to since the client looked.
-            Err(FsError::NotFound | FsError::Invalid | FsError::IsDirectory) => {
-                Ok(json!({ "same": false, "extents": 0 }))
+            // Deleted, cut off or written to since the client looked; or nonsense.
+            Err(error @ (FsError::NotFound | FsError::IsDirectory)) => {
+                Ok(json!({ "same": false, "extents": 0, "why": error.to_string() }))
+            }
+            Err(FsError::Invalid | FsError::FileTooLarge) => {
+                let why = "no range of whole blocks that lies within both files";
+                Ok(json!({ "same": false, "extents": 0, "why": why }))
             }
             Err(error) => Err(error.to_string()),
         }

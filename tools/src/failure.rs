@@ -18,6 +18,8 @@ pub enum Exit {
     DamageFound,
     /// `fsck` found errors, as in fsck(8).
     ErrorsFound,
+    /// `dedupe` was given ranges that differ.
+    Different,
     /// `fsck` could not run, as in fsck(8).
     CheckImpossible,
 }
@@ -29,6 +31,7 @@ impl From<Exit> for ExitCode {
             Exit::Usage => 2,
             Exit::DamageFound => 3,
             Exit::ErrorsFound => 4,
+            Exit::Different => 5,
             Exit::CheckImpossible => 8,
         })
     }

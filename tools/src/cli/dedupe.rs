@@ -1,10 +1,13 @@
 //! `pollux dedupe`: finds what files have in common and lets them share its blocks.
 //!
 //! Owns: the search, by hashes of blocks. The daemon compares every byte again, under the files' locks, before anything is
-//! shared, so neither a collision nor a write in between can do harm.
+//! shared, so neither a collision nor a write in between can do harm. It is not asked for what is shared already.
+//!
+//! Excludes: two files of which a given range is to be shared (`dedupe/pair.rs`).
 //!
 //! Zeroes are left alone: they are mostly holes. Memory: some 40 bytes for each block of 4 KiB that is looked at.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hasher};
@@ -18,13 +21,18 @@ use serde_json::json;
 
 use super::print_json;
 use super::scrub::{BLOCK, Shown};
-use crate::control::client::ask;
 use crate::control::location;
-use crate::control::protocol::{Command, Progress, SharedRange};
+use crate::control::protocol::{Progress, SharedRange};
 use crate::device::parse_size;
 use crate::failure::{During, Failure};
 use crate::output::outln;
 use crate::quantity::show_size;
+
+mod pair;
+mod places;
+
+use pair::Wanted;
+use places::Places;
 
 /// Bytes read at once.
 const READ: usize = 1 << 20;
@@ -36,21 +44,38 @@ const STEP: u64 = 16 << 20;
 #[derive(Args)]
 #[command(after_help = "\
 Stretches of equal blocks are found anywhere in the files, also within one file, and compared byte by byte before they are
-shared; what is shared already counts as shared. What the files hold does not change, nor do their times. Directories are
+shared; what is shared already is left as it is. What the files hold does not change, nor do their times. Directories are
 searched for files. It takes whoever may use the daemon's control socket, and 40 bytes of memory for each 4 KiB looked at.
 
-Exit codes: 0 what is the same is shared, 1 it could not run
+With an offset or a length, two files (SRC DST) share exactly that range; if it differs, nothing is shared, and the message
+says where. Offsets and length are multiples of 4 KiB, but for a range that ends where both files end.
 
-Example:
-  pollux dedupe ./pollux-mnt/images")]
+Exit codes: 0 what is the same is shared, 1 it could not run, 2 the range makes no sense, 5 the ranges differ
+
+Examples:
+  pollux dedupe ./pollux-mnt/images
+  pollux dedupe ./pollux-mnt/one.img ./pollux-mnt/other.img --src-offset 1MiB --dst-offset 0 --length 64MiB")]
 pub(super) struct Dedupe {
     /// Files and directories, all on one mount
     #[arg(value_name = "PATH", required = true)]
     paths: Vec<PathBuf>,
 
     /// Shorter stretches are left alone, unless they are a whole file
-    #[arg(long, value_name = "SIZE", default_value = "128KiB", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", default_value = "128KiB", value_parser = parse_size,
+          conflicts_with_all = ["src_offset", "dst_offset", "length"])]
     min_length: u64,
+
+    /// First byte in the first file of two
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    src_offset: Option<u64>,
+
+    /// First byte in the second file
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    dst_offset: Option<u64>,
+
+    /// Bytes; up to the end of the first file by default
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    length: Option<u64>,
 
     /// Only tell what would be shared
     #[arg(long)]
@@ -67,10 +92,20 @@ pub(super) struct Dedupe {
 
 /// A file that was looked at.
 struct Seen {
+    path: PathBuf,
     inode: u64,
     size: u64,
     /// Of each block; `None` for zeroes.
     hashes: Vec<Option<u64>>,
+    /// Where it lies, once that matters.
+    places: OnceCell<Places>,
+}
+
+impl Seen {
+    fn places(&self) -> &Places {
+        // Without them (it was deleted) everything counts as not shared, and the daemon tells.
+        self.places.get_or_init(|| Places::of(&self.path).unwrap_or_default())
+    }
 }
 
 /// Equal blocks of two files.
@@ -88,6 +123,8 @@ struct Totals {
     read: u64,
     same: u64,
     shared: u64,
+    /// Bytes that were shared before.
+    already: u64,
     /// Bytes of stretches that the daemon found different: written to or deleted since they were read.
     changed: u64,
     /// Files that could not be read.
@@ -96,8 +133,22 @@ struct Totals {
 
 impl Dedupe {
     pub(super) fn run(&self) -> Result<(), Failure> {
-        let started = Instant::now();
         let socket = location::of_path(self.socket.as_ref().unwrap_or(&self.paths[0]))?;
+        if self.src_offset.or(self.dst_offset).or(self.length).is_some() {
+            let wanted = Wanted {
+                source_offset: self.src_offset.unwrap_or(0),
+                target_offset: self.dst_offset.unwrap_or(0),
+                length: self.length,
+                dry_run: self.dry_run,
+                json: self.json,
+            };
+            return pair::run(&socket, &self.paths, &wanted);
+        }
+        self.search(&socket)
+    }
+
+    fn search(&self, socket: &Path) -> Result<(), Failure> {
+        let started = Instant::now();
         let files = self.files()?;
         let total = files.iter().map(|(_, size)| size.div_ceil(BLOCK)).sum();
         let mut shown = Shown::new("read");
@@ -108,7 +159,7 @@ impl Dedupe {
                 totals.read += read;
                 shown.update(Progress { done: totals.read.div_ceil(BLOCK), total });
             });
-            let file = match looked {
+            let mut file = match looked {
                 Ok(file) => file,
                 Err(error) => {
                     // Deleted meanwhile, or somebody else's: no reason to leave the others alone.
@@ -118,8 +169,9 @@ impl Dedupe {
                 }
             };
             for stretch in stretches(&seen, &file, seen.len(), &mut first) {
-                self.share(&socket, &seen, &file, stretch, &mut totals)?;
+                self.share(socket, &seen, &file, stretch, &mut totals)?;
             }
+            file.places.take(); // it lies elsewhere by now
             seen.push(file);
         }
         shown.bar.finish_and_clear();
@@ -130,6 +182,7 @@ impl Dedupe {
                 "read_bytes": totals.read,
                 "same_bytes": totals.same,
                 "shared_bytes": totals.shared,
+                "already_shared_bytes": totals.already,
                 "changed_bytes": totals.changed,
                 "left_out": totals.left_out,
                 "took_ns": u64::try_from(took.as_nanos()).unwrap_or(u64::MAX),
@@ -139,11 +192,12 @@ impl Dedupe {
             outln!("{} have changed meanwhile and were left alone", show_size(totals.changed));
         }
         outln!(
-            "{} files, {} read, {} the same, {} shared in {:.1} s",
+            "{} files, {} read, {} the same, {} shared and {} already so, in {:.1} s",
             files.len(),
             show_size(totals.read),
             show_size(totals.same),
             show_size(totals.shared),
+            show_size(totals.already),
             took.as_secs_f64()
         );
         Ok(())
@@ -196,23 +250,24 @@ impl Dedupe {
             return Ok(());
         }
         totals.same += length;
+        let range = SharedRange {
+            source: source.inode,
+            source_offset: stretch.source_block * BLOCK,
+            target: target.inode,
+            target_offset: target_start,
+            length,
+        };
+        let places = (source.places(), target.places());
         if self.dry_run {
+            let apart =
+                places::apart((places.0, range.source_offset), (places.1, range.target_offset), length);
+            totals.already += length - apart.iter().map(|part| part.end - part.start).sum::<u64>();
             return Ok(());
         }
-        let mut done = 0;
-        while done < length {
-            let range = SharedRange {
-                source: source.inode,
-                source_offset: stretch.source_block * BLOCK + done,
-                target: target.inode,
-                target_offset: target_start + done,
-                length: STEP.min(length - done),
-            };
-            let answer = ask(socket, Command::Dedupe(range))?;
-            let all = answer["same"].as_bool() == Some(true);
-            *(if all { &mut totals.shared } else { &mut totals.changed }) += range.length;
-            done += range.length;
-        }
+        let shared = pair::share(socket, places, range)?;
+        totals.shared += shared.now;
+        totals.already += shared.before;
+        totals.changed += shared.changed;
         Ok(())
     }
 }
@@ -221,6 +276,7 @@ impl Dedupe {
 fn look_at(path: &Path, mut progress: impl FnMut(u64)) -> io::Result<Seen> {
     let mut file = File::open(path)?;
     let inode = file.metadata()?.ino();
+    let seen = |size, hashes| Seen { path: path.to_owned(), inode, size, hashes, places: OnceCell::new() };
     let (mut size, mut hashes) = (0, Vec::new());
     let mut buffer = vec![0; READ];
     loop {
@@ -232,13 +288,13 @@ fn look_at(path: &Path, mut progress: impl FnMut(u64)) -> io::Result<Seen> {
             }
         }
         if filled == 0 {
-            return Ok(Seen { inode, size, hashes });
+            return Ok(seen(size, hashes));
         }
         hashes.extend(buffer[..filled].chunks(BLOCK as usize).map(hash));
         size += filled as u64;
         progress(filled as u64);
         if filled < buffer.len() {
-            return Ok(Seen { inode, size, hashes });
+            return Ok(seen(size, hashes));
         }
     }
 }
@@ -294,7 +350,13 @@ mod tests {
 
     fn file(inode: u64, blocks: &[u64]) -> Seen {
         let hashes = blocks.iter().map(|block| (*block != 0).then_some(*block)).collect();
-        Seen { inode, size: blocks.len() as u64 * BLOCK, hashes }
+        Seen {
+            path: PathBuf::new(),
+            inode,
+            size: blocks.len() as u64 * BLOCK,
+            hashes,
+            places: OnceCell::new(),
+        }
     }
 
     fn found(files: &[Seen]) -> Vec<Vec<(usize, u64, u64, u64)>> {

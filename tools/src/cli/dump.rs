@@ -1,13 +1,14 @@
 //! `pollux dump`: a volume in readable form, read-only; and how a file lies on the device, on a mount too.
 
 use std::io::{self, BufWriter, Write};
+use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use fs_core::dump::{self, DumpError, DumpSummary, ExtentsError, Part, Selection};
 use fs_core::format::node::ItemKind;
-use fs_core::request::ExtentList;
+use fs_core::request::{ExtentList, ExtentRow};
 use fs_core::types::{InodeNr, ShardId};
 use rustix::io::Errno;
 
@@ -145,31 +146,47 @@ fn list_on_device(device: &DeviceSpec, path: &Path) -> Result<(), Failure> {
 }
 
 fn list_on_mount(path: &Path) -> Result<(), Failure> {
-    let output = |error: io::Error| match error.kind() {
+    let mut table = None;
+    extents_on_mount(path, |rows| {
+        let open = table.take().unwrap_or_else(|| Table::new(BufWriter::new(io::stdout().lock())));
+        let printed = open.and_then(|mut table| {
+            rows.iter().try_for_each(|row| table.row(row))?;
+            Ok(table)
+        });
+        let go_on = if printed.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
+        table = Some(printed);
+        go_on
+    })?;
+    match table.map_or(Ok(()), |table| table?.finish()) {
         // Whoever reads has seen enough.
-        io::ErrorKind::BrokenPipe => Ok(()),
-        _ => Err(Failure::new(format!("output: {error}"))),
-    };
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::new(format!("output: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Hands the extents of a file on a mount to `each`, some at a time, until they end or it has enough.
+///
+/// # Errors
+/// It is no such file, or it has gone.
+pub(super) fn extents_on_mount(
+    path: &Path,
+    mut each: impl FnMut(&[ExtentRow]) -> ControlFlow<()>,
+) -> Result<(), Failure> {
     let mut value = vec![0; VALUE_LIMIT];
-    let mut table: Option<Table<_>> = None;
     let mut next = Some(0);
     while let Some(offset) = next {
         let list = part_on_mount(path, offset, &mut value)?;
-        let printed = table.take().map_or_else(|| Table::new(BufWriter::new(io::stdout().lock())), Ok);
-        let printed = printed.and_then(|mut table| {
-            list.rows.iter().try_for_each(|row| table.row(row))?;
-            Ok(table)
-        });
-        table = match printed {
-            Ok(table) => Some(table),
-            Err(error) => return output(error),
-        };
+        if each(&list.rows).is_break() {
+            return Ok(());
+        }
         if list.next.is_some_and(|next| next <= offset) {
             return Err(Failure::new(format!("{}: the list does not end", path.display())));
         }
         next = list.next;
     }
-    table.map_or(Ok(()), |table| table.finish().or_else(output))
+    Ok(())
 }
 
 fn part_on_mount(path: &Path, offset: u64, value: &mut [u8]) -> Result<ExtentList, Failure> {

@@ -16,7 +16,8 @@
 //! ← {"version":1,"result":{"same":true,"extents":2}}
 //! ```
 //!
-//! `dedupe` names files by their inode numbers on the mount. `relocate` without a group empties all of them, one after the other.
+//! `dedupe` names files by their inode numbers on the mount; if its answer is that they are not the same, and that without a
+//! comparison (there is no such file or range), `why` says so. `relocate` without a group empties all of them, one after the other.
 //!
 //! Long work says how far it is, any number of times before its answer. A client that leaves ends it.
 //!

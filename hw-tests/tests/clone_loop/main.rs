@@ -1,23 +1,23 @@
 //! Clones beside relocation, deduplication, mapped writes, writes, truncations and reads, all of the same files at once.
 //!
-//! Owns: the model. A block of a source says in each of its words whose it is and which generation was written last. Whoever
+//! Owns: the parties and when they end. A block of a source says in each of its words whose it is and which generation was written last. Whoever
 //! writes a block announces the generation first and confirms it afterwards, so what a reader may see lies between what was
 //! confirmed before it began and what is announced after it has ended; so does what a clone may hold.
 //!
 //! | party | works on | may be seen |
 //! |---|---|---|
 //! | mapped writer | even blocks of a source, through a shared mapping | word by word |
-//! | writer | odd blocks of it, with pwrite(2) | block by block (a buffered read: word by word) |
+//! | writer | odd blocks of it, with pwrite(2), buffered and direct | block by block (a buffered read: word by word) |
 //! | truncator | what follows these blocks; the only one, so it knows every byte | a word, or zeroes |
 //! | reader | a source, buffered and direct | |
-//! | cloner | files of its own: clones of sources and of each other, cut, extended, stored into; it knows every byte | |
+//! | cloner | files of its own: clones of sources and of each other, cut, extended, stored into, with holes; it knows every byte | |
 //! | operator | `pollux relocate --all` and `pollux dedupe` over and over | |
 //!
 //! A run lasts `POLLUX_LOOP_SECONDS` (20), and longer if a party has hardly got anywhere by then; one that does not get
 //! anywhere at all fails the test.
 
-use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,19 +25,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use hw_tests::{Daemon, Random, Scratch, fsck_clean, pollux, read_file, run, text};
-use nix::fcntl::PosixFadviseAdvice;
-use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
-const BLOCK: u64 = 4096;
+mod slot;
+mod source;
 
-/// Words of a block.
-const WORDS: usize = 512;
-
-/// Blocks of a source that are always there.
-const FIRM: u64 = 1024;
-
-/// Blocks behind them that come and go.
-const TAIL: u64 = 256;
+use slot::{Slot, evict, map, store};
+use source::{BLOCK, FIRM, Seen, Source, Stamp, TAIL, WORDS};
 
 /// Files of a cloner.
 const SLOTS: usize = 4;
@@ -50,122 +43,6 @@ const FEW: u64 = 20;
 
 /// Relocations of everything, each followed by a deduplication, that there have to be.
 const RELOCATIONS: u64 = 2;
-
-/// What a word says: whose block it is in, and the generation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp {
-    source: u64,
-    block: u64,
-    generation: u64,
-}
-
-impl Stamp {
-    fn word(self) -> u64 {
-        // Never zero, which is what was never written.
-        (self.source + 1) << 56 | self.block << 40 | self.generation
-    }
-
-    fn of(word: u64) -> Self {
-        Self {
-            source: (word >> 56).wrapping_sub(1),
-            block: (word >> 40) & 0xffff,
-            generation: word & 0xff_ffff_ffff,
-        }
-    }
-
-    fn block_of_it(self) -> Vec<u8> {
-        self.word().to_le_bytes().repeat(WORDS)
-    }
-}
-
-fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
-    bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")))
-}
-
-/// A file that everybody writes to, and what is known of it.
-struct Source {
-    number: u64,
-    path: PathBuf,
-    /// Of each firm block, the generation that is about to be written.
-    announced: Vec<AtomicU64>,
-    /// And the one that has been written.
-    confirmed: Vec<AtomicU64>,
-    /// The newest generation in the tail.
-    tail: AtomicU64,
-}
-
-impl Source {
-    fn create(number: u64, path: PathBuf) -> Result<Self> {
-        let file = File::create(&path)?;
-        for block in 0..FIRM {
-            let stamp = Stamp { source: number, block, generation: 1 };
-            file.write_all_at(&stamp.block_of_it(), block * BLOCK)?;
-        }
-        file.sync_all()?;
-        let ones = || (0..FIRM).map(|_| AtomicU64::new(1)).collect();
-        Ok(Self { number, path, announced: ones(), confirmed: ones(), tail: AtomicU64::new(0) })
-    }
-
-    fn open(&self, flags: i32) -> Result<File> {
-        let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&self.path);
-        file.with_context(|| self.path.display().to_string())
-    }
-
-    /// One more generation of a block, which has one writer; `write` gets it there.
-    fn renew(&self, block: u64, write: impl FnOnce(Stamp) -> Result<()>) -> Result<()> {
-        let generation = self.announced[block as usize].fetch_add(1, Ordering::SeqCst) + 1;
-        write(Stamp { source: self.number, block, generation })?;
-        self.confirmed[block as usize].store(generation, Ordering::SeqCst);
-        Ok(())
-    }
-
-    fn confirmed(&self) -> Vec<u64> {
-        self.confirmed.iter().map(|generation| generation.load(Ordering::SeqCst)).collect()
-    }
-
-    /// Checks a firm block that was looked at after `confirmed` was its generation.
-    fn check(&self, bytes: &[u8], block: u64, confirmed: u64, seen: Seen) -> Result<()> {
-        let announced = self.announced[block as usize].load(Ordering::SeqCst);
-        let first = words(bytes).next();
-        for (place, word) in words(bytes).enumerate() {
-            let stamp = Stamp::of(word);
-            ensure!(
-                (stamp.source, stamp.block) == (self.number, block)
-                    && (confirmed..=announced).contains(&stamp.generation),
-                "{seen:?}: word {place} of block {block} of {} is {word:#x} ({stamp:?}), which is none of the generations \
-                 {confirmed}..={announced}",
-                self.path.display()
-            );
-            let whole = block % 2 == 1 && seen != Seen::Buffered;
-            ensure!(
-                !whole || Some(word) == first,
-                "{seen:?}: block {block} of {} is torn: {:#x} and {word:#x}",
-                self.path.display(),
-                first.unwrap_or(0)
-            );
-        }
-        Ok(())
-    }
-
-    /// Checks what a clone has of the tail.
-    fn check_tail(&self, bytes: &[u8]) -> Result<()> {
-        let newest = self.tail.load(Ordering::SeqCst);
-        for (place, word) in words(bytes).enumerate() {
-            let (stamp, block) = (Stamp::of(word), FIRM + (place / WORDS) as u64);
-            let own = (stamp.source, stamp.block) == (self.number, block) && stamp.generation <= newest;
-            ensure!(word == 0 || own, "word {place} of the tail of a clone of {} is {word:#x}", self.number);
-        }
-        Ok(())
-    }
-}
-
-/// Where a block was looked at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Seen {
-    Buffered,
-    Direct,
-    Clone,
-}
 
 /// How far everybody is, and when to end.
 #[derive(Default)]
@@ -237,14 +114,6 @@ impl Loop {
     }
 }
 
-fn map(file: File, length: u64) -> Result<MmapRegion> {
-    Ok(MmapRegion::from_file(FileOffset::new(file, 0), usize::try_from(length)?)?)
-}
-
-fn store(mapping: &MmapRegion, at: u64, word: u64) -> Result<()> {
-    Ok(mapping.as_volatile_slice().store(word, usize::try_from(at)?, Ordering::Release)?)
-}
-
 /// Stores into even blocks through a mapping; now and then what was stored is synced.
 fn mapped_writer(state: &Loop, source: &Source) -> Result<()> {
     let file = source.open(0)?;
@@ -265,12 +134,19 @@ fn mapped_writer(state: &Loop, source: &Source) -> Result<()> {
     })
 }
 
-/// Writes odd blocks.
+/// Writes odd blocks, some of them past the cache.
 fn writer(state: &Loop, source: &Source) -> Result<()> {
-    let (file, mut random) = (source.open(0)?, Random(source.number + 200));
+    let (file, direct) = (source.open(0)?, source.open(nix::libc::O_DIRECT)?);
+    let mut random = Random(source.number + 200);
+    let mut memory = vec![0; 2 * BLOCK as usize];
+    let buffer = aligned(&mut memory);
     state.party(&state.writes, || {
         let block = 2 * random.below(FIRM / 2) + 1;
-        source.renew(block, |stamp| Ok(file.write_all_at(&stamp.block_of_it(), block * BLOCK)?))?;
+        let file = if random.below(3) == 0 { &direct } else { &file };
+        source.renew(block, |stamp| {
+            buffer.copy_from_slice(&stamp.block_of_it());
+            Ok(file.write_all_at(buffer, block * BLOCK)?)
+        })?;
         match random.below(32) {
             0 => file.sync_all()?,
             1..8 => std::thread::sleep(Duration::from_millis(1)),
@@ -278,6 +154,12 @@ fn writer(state: &Loop, source: &Source) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// A block of `memory` that is aligned like one, as direct I/O wants it.
+fn aligned(memory: &mut [u8]) -> &mut [u8] {
+    let start = memory.as_ptr().align_offset(BLOCK as usize);
+    &mut memory[start..start + BLOCK as usize]
 }
 
 /// Cuts the tail off, extends it and writes it; knows each of its bytes. Returns what it is in the end.
@@ -318,10 +200,8 @@ fn truncator(state: &Loop, source: &Source) -> Result<Vec<u8>> {
 /// Reads firm blocks, in turn from the kernel's cache, from the daemon and past the cache.
 fn reader(state: &Loop, source: &Source) -> Result<()> {
     let (buffered, direct) = (source.open(0)?, source.open(nix::libc::O_DIRECT)?);
-    // Direct I/O wants memory that is aligned like its blocks.
     let mut memory = vec![0; 2 * BLOCK as usize];
-    let start = memory.as_ptr().align_offset(BLOCK as usize);
-    let buffer = &mut memory[start..start + BLOCK as usize];
+    let buffer = aligned(&mut memory);
     let mut random = Random(source.number + 400);
     state.party(&state.reads, || {
         let block = random.below(FIRM);
@@ -338,119 +218,6 @@ fn reader(state: &Loop, source: &Source) -> Result<()> {
     })
 }
 
-fn evict(file: &File, offset: u64, length: u64) -> Result<()> {
-    let (offset, length) = (i64::try_from(offset)?, i64::try_from(length)?);
-    Ok(nix::fcntl::posix_fadvise(file, offset, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?)
-}
-
-/// A file of a cloner, and what must be in it.
-struct Slot {
-    path: PathBuf,
-    bytes: Vec<u8>,
-}
-
-impl Slot {
-    fn open(&self) -> Result<File> {
-        let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create(true).truncate(false).open(&self.path);
-        file.with_context(|| self.path.display().to_string())
-    }
-
-    fn check(&self, after: &str) -> Result<()> {
-        let found = read_file(&self.path)?;
-        ensure!(
-            found == self.bytes,
-            "{} after {after}: {} bytes instead of {}; the first that differs is {:?}",
-            self.path.display(),
-            found.len(),
-            self.bytes.len(),
-            found.iter().zip(&self.bytes).position(|(one, other)| one != other)
-        );
-        Ok(())
-    }
-
-    /// Becomes a clone of a source, whoever writes to it.
-    fn clone_source(&mut self, source: &Source) -> Result<()> {
-        let (from, to) = (source.open(0)?, self.open()?);
-        let confirmed = source.confirmed();
-        let length = copy(&from, 0, &to, 0, u64::MAX)?;
-        to.set_len(length)?;
-        drop(to);
-        self.bytes = read_file(&self.path)?;
-        ensure!(
-            self.bytes.len() as u64 == length && length >= FIRM * BLOCK,
-            "a clone of {length} bytes has {}",
-            self.bytes.len()
-        );
-        let (firm, tail) = self.bytes.split_at((FIRM * BLOCK) as usize);
-        for ((block, bytes), confirmed) in (0..).zip(firm.chunks(BLOCK as usize)).zip(confirmed) {
-            source.check(bytes, block, confirmed, Seen::Clone)?;
-        }
-        source.check_tail(tail)
-    }
-
-    /// Gets a range of another of the cloner's files.
-    fn clone_range(&mut self, other: &Self, random: &mut Random) -> Result<()> {
-        let (blocks, own) = (other.bytes.len() as u64 / BLOCK, self.bytes.len() as u64 / BLOCK);
-        if blocks == 0 {
-            return Ok(());
-        }
-        let from = random.below(blocks);
-        let (length, to) = (1 + random.below(blocks - from), random.below(own + 1));
-        let (from, length, to) = (from * BLOCK, length * BLOCK, to * BLOCK);
-        let copied = copy(&File::open(&other.path)?, from, &self.open()?, to, length)?;
-        ensure!(copied == length, "{copied} bytes were cloned instead of {length}");
-        let end = (to + length) as usize;
-        self.bytes.resize(self.bytes.len().max(end), 0);
-        self.bytes[to as usize..end].copy_from_slice(&other.bytes[from as usize..(from + length) as usize]);
-        Ok(())
-    }
-
-    fn cut(&mut self, random: &mut Random) -> Result<()> {
-        let file = self.open()?;
-        for _ in 0..2 {
-            let size = random.below((FIRM + TAIL) * BLOCK);
-            file.set_len(size)?;
-            self.bytes.resize(size as usize, 0);
-        }
-        Ok(())
-    }
-
-    fn store(&mut self, random: &mut Random) -> Result<()> {
-        let length = self.bytes.len() as u64 / 8 * 8;
-        if length == 0 {
-            return Ok(());
-        }
-        let file = self.open()?;
-        let mapping = map(file.try_clone()?, length)?;
-        for _ in 0..64 {
-            let (at, word) = (random.below(length / 8) * 8, random.next_u64());
-            store(&mapping, at, word)?;
-            self.bytes[at as usize..at as usize + 8].copy_from_slice(&word.to_le_bytes());
-        }
-        if random.below(2) == 0 {
-            file.sync_all()?;
-        }
-        Ok(())
-    }
-}
-
-/// Clones up to `length` bytes; how many there were.
-fn copy(from: &File, from_offset: u64, to: &File, to_offset: u64, length: u64) -> Result<u64> {
-    let (mut source, mut target) = (i64::try_from(from_offset)?, i64::try_from(to_offset)?);
-    let mut done = 0;
-    while done < length {
-        let step = usize::try_from((length - done).min(1 << 30))?;
-        match nix::fcntl::copy_file_range(from, Some(&mut source), to, Some(&mut target), step)
-            .with_context(|| format!("copy_file_range to {to:?} after {done} bytes"))?
-        {
-            0 => break,
-            copied => done += copied as u64,
-        }
-    }
-    Ok(done)
-}
-
 /// Clones and what clones are for. Returns its files.
 fn cloner(state: &Loop, sources: &[Source], folders: &[PathBuf], number: usize) -> Result<Vec<Slot>> {
     let mut random = Random(number as u64 + 500);
@@ -462,16 +229,18 @@ fn cloner(state: &Loop, sources: &[Source], folders: &[PathBuf], number: usize) 
     }
     state.party(&state.clones, || {
         let chosen = random.below(SLOTS as u64) as usize;
-        let other = (chosen + 1 + random.below(SLOTS as u64 - 1) as usize) % SLOTS;
+        let other = random.below(SLOTS as u64 - 1) as usize;
         let mut slot = slots.remove(chosen);
-        let what = match random.below(8) {
+        let what = match random.below(10) {
             0..3 => {
                 slot.clone_source(&sources[random.below(sources.len() as u64) as usize]).map(|()| "its clone")
             }
-            3 => slot.clone_range(&slots[other % (SLOTS - 1)], &mut random).map(|()| "the clone of a range"),
-            4 => slot.cut(&mut random).map(|()| "a truncation"),
-            5 => slot.store(&mut random).map(|()| "mapped stores"),
-            6 => evict(&slot.open()?, 0, 0).map(|()| "an eviction"),
+            3 => slot.clone_range(&slots[other], &mut random).map(|()| "the clone of a range"),
+            4 => slot.clone_itself(&mut random).map(|()| "the clone of a range of itself"),
+            5 => slot.cut(&mut random).map(|()| "a truncation"),
+            6 => slot.store(&mut random).map(|()| "mapped stores"),
+            7 => slot.dig(&mut random).map(|()| "fallocate"),
+            8 => evict(&slot.open()?, 0, 0).map(|()| "an eviction"),
             _ => {
                 slot.bytes.clear();
                 fs::remove_file(&slot.path)?;

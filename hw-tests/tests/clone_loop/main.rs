@@ -11,7 +11,7 @@
 //! | truncator | what follows these blocks; the only one, so it knows every byte | a word, or zeroes |
 //! | reader | a source, buffered and direct | |
 //! | cloner | files of its own: clones of sources and of each other, cut, extended, stored into, with holes; it knows every byte | |
-//! | operator | `pollux relocate --all` and `pollux dedupe` over and over | |
+//! | operator | `pollux relocate --all`, `--shrink-to`, `pollux grow` and `pollux dedupe` over and over | |
 //!
 //! A run lasts `POLLUX_LOOP_SECONDS` (20), and longer if a party has hardly got anywhere by then; one that does not get
 //! anywhere at all fails the test.
@@ -56,6 +56,9 @@ struct Loop {
     relocations: AtomicU64,
     /// References that relocation has moved.
     moved: AtomicU64,
+    /// How often the volume has become smaller, and then larger.
+    shrunk: AtomicU64,
+    least_shrunk: u64,
     /// Bytes that deduplication has shared.
     deduplicated: AtomicU64,
 }
@@ -74,7 +77,7 @@ impl Loop {
     }
 
     /// What there is to count, what it has come to, and what it has to reach.
-    fn counts(&self) -> [(&'static str, u64, u64); 8] {
+    fn counts(&self) -> [(&'static str, u64, u64); 9] {
         let of = |count: &AtomicU64| count.load(Ordering::SeqCst);
         [
             ("rounds of mapped stores", of(&self.stores), FEW),
@@ -84,6 +87,7 @@ impl Loop {
             ("clones", of(&self.clones), FEW),
             ("relocations", of(&self.relocations), RELOCATIONS),
             ("references moved", of(&self.moved), FEW),
+            ("times smaller and larger", of(&self.shrunk), self.least_shrunk),
             ("bytes deduplicated", of(&self.deduplicated), BLOCK),
         ]
     }
@@ -269,10 +273,22 @@ fn operator(state: &Loop, mount: &Path) -> Result<()> {
         // What is written while it is moved, or shared by shards, may stay.
         let moved = told(&["relocate", "--all", "--json"], mount, &[0, 1])?;
         state.moved.fetch_add(moved["references"].as_u64().context("references")?, Ordering::SeqCst);
+        resize(state, mount)?;
         let shared = told(&["dedupe", "--json", "--min-length", "4KiB"], mount, &[0])?;
         state.deduplicated.fetch_add(shared["shared_bytes"].as_u64().context("bytes")?, Ordering::SeqCst);
         Ok(())
     })
+}
+
+/// Makes the volume smaller and larger again. What shards have lent each other may stand in the way of the first.
+fn resize(state: &Loop, mount: &Path) -> Result<()> {
+    let mount = mount.display().to_string();
+    let smaller = pollux(&["relocate", "--shrink-to", "640MiB", &mount])?;
+    ensure!(matches!(smaller.status.code(), Some(0 | 1)), "shrink: {}", text(&smaller));
+    state.shrunk.fetch_add(u64::from(smaller.status.success()), Ordering::SeqCst);
+    let larger = pollux(&["grow", &mount])?;
+    ensure!(larger.status.success(), "grow: {}", text(&larger));
+    Ok(())
 }
 
 /// What must be in the files after everybody has ended.
@@ -325,21 +341,32 @@ impl Outcome {
     }
 }
 
-#[test]
-fn clones_relocation_mapped_writes_reads_and_truncations_get_along() -> Result<()> {
+/// How the volume is laid out under the loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layout {
+    /// Everything belongs to one shard: nothing is lent, and relocation can empty every group.
+    OneShard,
+    /// Directories of several shards: most clones are of another shard than their source.
+    SeveralShards,
+}
+
+fn get_along(layout: Layout) -> Result<()> {
     let seconds = std::env::var("POLLUX_LOOP_SECONDS").unwrap_or_else(|_| "20".to_owned());
     let length = Duration::from_secs(seconds.parse().context("POLLUX_LOOP_SECONDS")?);
     let scratch = Scratch::new()?;
     let daemon = Daemon::up(&scratch, &["--size", "1GiB"])?;
     let mount = scratch.mount();
-    // Directories are of several shards: some clones are of another than their source.
-    let folders = ["", "one", "two", "three"].map(|name| mount.join(name));
-    for folder in &folders[1..] {
-        fs::create_dir(folder)?;
+    let folders = match layout {
+        Layout::OneShard => [""; 4],
+        Layout::SeveralShards => ["", "one", "two", "three"],
+    };
+    let folders = folders.map(|name| mount.join(name));
+    for folder in &folders {
+        fs::create_dir_all(folder)?;
     }
     let sources =
-        [Source::create(0, folders[0].join("source"))?, Source::create(1, folders[1].join("source"))?];
-    let state = Loop::default();
+        [Source::create(0, folders[0].join("source0"))?, Source::create(1, folders[1].join("source1"))?];
+    let state = Loop { least_shrunk: u64::from(layout == Layout::OneShard), ..Loop::default() };
     let (watched, ended) = std::thread::scope(|scope| {
         let ended = scope.spawn(|| everybody(&state, &sources, &folders, &mount));
         let watched = state.watch(&daemon, length);
@@ -348,7 +375,7 @@ fn clones_relocation_mapped_writes_reads_and_truncations_get_along() -> Result<(
     watched?;
     let outcome =
         ended.with_context(|| format!("after {}; the daemon says: {}", state.report(), daemon.log()))?;
-    println!("{}", state.report());
+    println!("{layout:?}: {}", state.report());
     outcome.check(&sources, "in the end")?;
     run(Command::new("sync").arg(&sources[0].path))?;
     daemon.stop()?;
@@ -356,4 +383,14 @@ fn clones_relocation_mapped_writes_reads_and_truncations_get_along() -> Result<(
     let daemon = Daemon::up(&scratch, &[])?;
     outcome.check(&sources, "after a remount")?;
     daemon.stop()
+}
+
+#[test]
+fn clones_relocation_mapped_writes_reads_and_truncations_get_along() -> Result<()> {
+    get_along(Layout::SeveralShards)
+}
+
+#[test]
+fn clones_relocation_mapped_writes_reads_and_truncations_get_along_in_one_shard() -> Result<()> {
+    get_along(Layout::OneShard)
 }

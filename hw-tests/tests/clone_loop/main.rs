@@ -21,6 +21,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -48,6 +49,10 @@ const RELOCATIONS: u64 = 2;
 #[derive(Default)]
 struct Loop {
     stop: AtomicBool,
+    /// The daemon is being killed: errors are no wonder.
+    killed: AtomicBool,
+    /// Nobody stores into mappings any more: without a daemon behind them that would end this process.
+    stored: RwLock<bool>,
     stores: AtomicU64,
     writes: AtomicU64,
     truncations: AtomicU64,
@@ -68,12 +73,34 @@ impl Loop {
     fn party(&self, count: &AtomicU64, mut round: impl FnMut() -> Result<()>) -> Result<()> {
         while !self.stop.load(Ordering::SeqCst) {
             if let Err(error) = round() {
+                if self.killed.load(Ordering::SeqCst) {
+                    return Ok(());
+                }
                 self.stop.store(true, Ordering::SeqCst);
                 return Err(error);
             }
             count.fetch_add(1, Ordering::SeqCst);
         }
         Ok(())
+    }
+
+    /// Leave to store into a mapping, as long as it is kept.
+    fn may_store(&self) -> Option<RwLockReadGuard<'_, bool>> {
+        let stored = self.stored.read().expect("a party does not panic");
+        (!*stored).then_some(stored)
+    }
+
+    /// Kills the daemon in the middle of everything, after `length`.
+    fn kill(&self, daemon: Daemon, length: Duration) -> Result<()> {
+        let began = Instant::now();
+        while began.elapsed() < length && !self.stop.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        *self.stored.write().expect("a party does not panic") = true;
+        self.killed.store(!self.stop.load(Ordering::SeqCst), Ordering::SeqCst);
+        let killed = daemon.kill();
+        self.stop.store(true, Ordering::SeqCst);
+        killed
     }
 
     /// What there is to count, what it has come to, and what it has to reach.
@@ -124,14 +151,19 @@ fn mapped_writer(state: &Loop, source: &Source) -> Result<()> {
     let mapping = map(file.try_clone()?, FIRM * BLOCK)?;
     let mut random = Random(source.number + 100);
     state.party(&state.stores, || {
+        let Some(permit) = state.may_store() else {
+            std::thread::sleep(Duration::from_millis(1));
+            return Ok(());
+        };
         for _ in 0..16 {
             let block = 2 * random.below(FIRM / 2);
             source.renew(block, |stamp| {
                 (0..WORDS as u64).try_for_each(|word| store(&mapping, block * BLOCK + word * 8, stamp.word()))
             })?;
         }
+        drop(permit);
         match random.below(4) {
-            0 => file.sync_data()?,
+            0 => source.sync(0, || file.sync_data())?,
             _ => std::thread::sleep(Duration::from_millis(2)),
         }
         Ok(())
@@ -152,7 +184,7 @@ fn writer(state: &Loop, source: &Source) -> Result<()> {
             Ok(file.write_all_at(buffer, block * BLOCK)?)
         })?;
         match random.below(32) {
-            0 => file.sync_all()?,
+            0 => source.sync(1, || file.sync_all())?,
             1..8 => std::thread::sleep(Duration::from_millis(1)),
             _ => {}
         }
@@ -229,7 +261,7 @@ fn cloner(state: &Loop, sources: &[Source], folders: &[PathBuf], number: usize) 
     for slot in 0..SLOTS {
         let path = folders[slot % folders.len()].join(format!("clone{number}-{slot}"));
         slots.push(Slot { path, bytes: Vec::new() });
-        slots[slot].open()?;
+        slots[slot].open()?.set_len(0)?;
     }
     state.party(&state.clones, || {
         let chosen = random.below(SLOTS as u64) as usize;
@@ -242,7 +274,10 @@ fn cloner(state: &Loop, sources: &[Source], folders: &[PathBuf], number: usize) 
             3 => slot.clone_range(&slots[other], &mut random).map(|()| "the clone of a range"),
             4 => slot.clone_itself(&mut random).map(|()| "the clone of a range of itself"),
             5 => slot.cut(&mut random).map(|()| "a truncation"),
-            6 => slot.store(&mut random).map(|()| "mapped stores"),
+            6 => match state.may_store() {
+                Some(_permit) => slot.store(&mut random).map(|()| "mapped stores"),
+                None => Ok("nothing"),
+            },
             7 => slot.dig(&mut random).map(|()| "fallocate"),
             8 => evict(&slot.open()?, 0, 0).map(|()| "an eviction"),
             _ => {
@@ -350,9 +385,13 @@ enum Layout {
     SeveralShards,
 }
 
-fn get_along(layout: Layout) -> Result<()> {
+fn length() -> Result<Duration> {
     let seconds = std::env::var("POLLUX_LOOP_SECONDS").unwrap_or_else(|_| "20".to_owned());
-    let length = Duration::from_secs(seconds.parse().context("POLLUX_LOOP_SECONDS")?);
+    Ok(Duration::from_secs(seconds.parse().context("POLLUX_LOOP_SECONDS")?))
+}
+
+fn get_along(layout: Layout) -> Result<()> {
+    let length = length()?;
     let scratch = Scratch::new()?;
     let daemon = Daemon::up(&scratch, &["--size", "1GiB"])?;
     let mount = scratch.mount();
@@ -365,7 +404,9 @@ fn get_along(layout: Layout) -> Result<()> {
         fs::create_dir_all(folder)?;
     }
     let sources =
-        [Source::create(0, folders[0].join("source0"))?, Source::create(1, folders[1].join("source1"))?];
+        [0, 1].map(|number| Source::create(number as u64, folders[number].join(format!("source{number}"))));
+    let [one, other] = sources;
+    let sources = [one?, other?];
     let state = Loop { least_shrunk: u64::from(layout == Layout::OneShard), ..Loop::default() };
     let (watched, ended) = std::thread::scope(|scope| {
         let ended = scope.spawn(|| everybody(&state, &sources, &folders, &mount));
@@ -393,4 +434,52 @@ fn clones_relocation_mapped_writes_reads_and_truncations_get_along() -> Result<(
 #[test]
 fn clones_relocation_mapped_writes_reads_and_truncations_get_along_in_one_shard() -> Result<()> {
     get_along(Layout::OneShard)
+}
+
+/// Kills in a run of 20 s.
+const KILLS: u32 = 4;
+
+#[test]
+fn kill_nine_in_the_middle_of_clones_relocation_and_writes_leaves_what_was_synced() -> Result<()> {
+    let length = length()? / KILLS;
+    let scratch = Scratch::new()?;
+    let mount = scratch.mount();
+    let folders = ["", "one", "two", "three"].map(|name| mount.join(name));
+    let mut daemon = Daemon::up(&scratch, &["--size", "1GiB"])?;
+    for round in 0..KILLS {
+        for folder in &folders {
+            fs::create_dir_all(folder)?;
+        }
+        let [one, other] = [0, 1]
+            .map(|number| Source::create(number as u64, folders[number].join(format!("{round}-{number}"))));
+        let (sources, state) = ([one?, other?], Loop::default());
+        let (killed, ended) = std::thread::scope(|scope| {
+            let ended = scope.spawn(|| everybody(&state, &sources, &folders, &mount));
+            let killed = state.kill(daemon, length);
+            (killed, ended.join().expect("nobody panics"))
+        });
+        ended.with_context(|| format!("round {round}, after {}", state.report()))?;
+        killed?;
+        println!("round {round}: {}", state.report());
+        let _dead_mount = nix::mount::umount2(&mount, nix::mount::MntFlags::MNT_DETACH);
+        fsck_clean(&scratch).context("before the mount")?;
+        daemon = Daemon::up(&scratch, &[])?;
+        for source in &sources {
+            let found = read_file(&source.path)?;
+            for ((block, bytes), durable) in (0..FIRM).zip(found.chunks(BLOCK as usize)).zip(&source.durable)
+            {
+                let durable = durable.load(Ordering::SeqCst);
+                source.check(bytes, block, durable, Seen::Direct).context("after kill -9")?;
+            }
+            ensure!(found.len() as u64 >= FIRM * BLOCK, "{} was cut off", source.path.display());
+        }
+        // Every block can be read, whoever wrote it.
+        for number in 0..2 * SLOTS {
+            let (cloner, slot) = (number / SLOTS, number % SLOTS);
+            let of_it = &folders[cloner..];
+            read_file(&of_it[slot % of_it.len()].join(format!("clone{cloner}-{slot}")))?;
+        }
+    }
+    daemon.stop()?;
+    fsck_clean(&scratch)
 }

@@ -5,6 +5,7 @@
 //! Invariant: each block has one writer, which announces a generation before it writes it and confirms it afterwards.
 
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -61,6 +62,8 @@ pub(crate) struct Source {
     pub(crate) announced: Vec<AtomicU64>,
     /// And the one that has been written.
     pub(crate) confirmed: Vec<AtomicU64>,
+    /// And the one that a crash must leave.
+    pub(crate) durable: Vec<AtomicU64>,
     /// The newest generation in the tail.
     pub(crate) tail: AtomicU64,
 }
@@ -74,7 +77,14 @@ impl Source {
         }
         file.sync_all()?;
         let ones = || (0..FIRM).map(|_| AtomicU64::new(1)).collect();
-        Ok(Self { number, path, announced: ones(), confirmed: ones(), tail: AtomicU64::new(0) })
+        Ok(Self {
+            number,
+            path,
+            announced: ones(),
+            confirmed: ones(),
+            durable: ones(),
+            tail: AtomicU64::new(0),
+        })
     }
 
     pub(crate) fn open(&self, flags: i32) -> Result<File> {
@@ -87,6 +97,16 @@ impl Source {
         let generation = self.announced[block as usize].fetch_add(1, Ordering::SeqCst) + 1;
         write(Stamp { source: self.number, block, generation })?;
         self.confirmed[block as usize].store(generation, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Syncs what one of the two writers has written: the one of the blocks from `first` on, every other.
+    pub(crate) fn sync(&self, first: usize, sync: impl FnOnce() -> io::Result<()>) -> Result<()> {
+        let confirmed = self.confirmed();
+        sync()?;
+        for (durable, confirmed) in self.durable.iter().zip(confirmed).skip(first).step_by(2) {
+            durable.store(confirmed, Ordering::SeqCst);
+        }
         Ok(())
     }
 

@@ -62,8 +62,10 @@ mod page;
 mod queue;
 mod range_set;
 pub(crate) mod read;
+mod shift;
 mod size;
 mod space;
+mod unshare;
 mod write_back;
 
 #[cfg(test)]

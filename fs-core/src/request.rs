@@ -179,6 +179,12 @@ pub enum AllocateMode {
     ZeroRange,
     /// The same, size left alone.
     ZeroRangeKeepSize,
+    /// Take the range out: what lies behind it moves to its place (FALLOC_FL_COLLAPSE_RANGE). Whole blocks before the file's end.
+    Collapse,
+    /// Put a hole in: what lies behind it moves on (FALLOC_FL_INSERT_RANGE). Whole blocks, inside the file.
+    Insert,
+    /// Reserve space and extend the size, and give the file blocks of its own where it shares them (FALLOC_FL_UNSHARE_RANGE).
+    Unshare,
 }
 
 /// What `lseek` looks for.

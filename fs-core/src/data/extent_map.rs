@@ -124,6 +124,12 @@ pub(crate) fn next_extent(batch: &Batch<'_>, inode: InodeNr, offset: u64) -> Pla
     of_inode(inode, batch.next(&key)?)
 }
 
+/// The last extent of `inode` that begins before `offset`.
+pub(crate) fn extent_before(batch: &Batch<'_>, inode: InodeNr, offset: u64) -> Plan<Option<Mapped>> {
+    let Some(last) = offset.checked_sub(1) else { return Ok(None) };
+    of_inode(inode, batch.prev(&extent_key(inode, last))?)
+}
+
 /// The pieces of `range` that have data, in order, with their checksums. What is in none is a hole or preallocated.
 pub(crate) fn data_segments(batch: &Batch<'_>, inode: InodeNr, range: Range<u64>) -> Plan<Vec<DataSegment>> {
     let mut segments: Vec<DataSegment> = Vec::new();
@@ -438,4 +444,4 @@ mod share;
 mod tests;
 
 pub(crate) use bulk::{Limits, share_many};
-pub(crate) use share::{SET_ASIDE_ITEMS, SHARE_ITEMS, set_aside, share};
+pub(crate) use share::{SET_ASIDE_ITEMS, SHARE_ITEMS, move_extent, set_aside, share};

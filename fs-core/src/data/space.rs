@@ -74,6 +74,12 @@ impl Shard {
             AllocateMode::PunchHole => self.punch(&inode, &range).await,
             AllocateMode::ZeroRange => self.zero(&inode, &range, SizeRule::Extend).await,
             AllocateMode::ZeroRangeKeepSize => self.zero(&inode, &range, SizeRule::Keep).await,
+            AllocateMode::Collapse => self.collapse(&inode, &range).await,
+            AllocateMode::Insert => self.insert_hole(&inode, &range).await,
+            AllocateMode::Unshare => {
+                self.preallocate(&inode, &range, SizeRule::Extend).await?;
+                self.unshare(&inode, &range).await
+            }
         };
         drop(inode);
         self.release_inode(nr);
@@ -185,7 +191,7 @@ impl Shard {
 
     /// Locks everything from `range` on when nothing in it is dirty or being written: then its extents say what is
     /// there. The caller holds inode and mmap lock.
-    async fn lock_flushed(
+    pub(super) async fn lock_flushed(
         self: &Rc<Self>,
         inode: &Rc<Inode>,
         range: &Range<u64>,

@@ -18,6 +18,7 @@ use crate::volume::{MountOptions, Volume, WriteOutcome};
 
 mod direct;
 mod faults;
+mod fsx;
 mod random;
 
 /// A simulated machine with a formatted disk.

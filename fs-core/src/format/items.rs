@@ -151,14 +151,25 @@ pub struct RawInode {
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct RawIntent {
-    /// 1: `Intent::Orphan`, 2: `Intent::Truncate`, 3: `Intent::Clone`, 4: `Intent::DropReplaced`; as the key's minor.
+    /// 1: `Intent::Orphan`, 2: `Intent::Truncate`, 3: `Intent::Clone`, 4: `Intent::DropReplaced`, 5: `Intent::Collapse`,
+    /// 6: `Intent::Insert`; as the key's minor.
     pub code: u8,
     /// Zero.
     pub reserved: [u8; 7],
-    /// Truncate: the size in bytes. Clone: first byte of what is replaced. Zero otherwise.
+    /// Truncate: the size in bytes. Clone: first byte of what is replaced. Collapse, Insert: first byte of the range. Zero otherwise.
     pub argument: U64,
-    /// Clone: end of what is replaced so far. Zero otherwise.
+    /// Clone: end of what is replaced so far. Collapse, Insert: bytes of the range. Zero otherwise.
     pub end: U64,
+}
+
+/// The rest of a stored `Intent::Collapse` or `Intent::Insert`.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct RawShift {
+    /// As of every intent.
+    pub head: RawIntent,
+    /// Old place, in bytes, of what is moved next: everything before it (Collapse), or from it on (Insert), has moved.
+    pub reached: U64,
 }
 
 /// Head of an attribute; name and value follow.
@@ -203,7 +214,7 @@ const _: () = assert!(size_of::<RawTime>() == 12);
 const _: () = assert!(size_of::<RawInode>() == 136 && std::mem::offset_of!(RawInode, accessed) == 48);
 const _: () =
     assert!(std::mem::offset_of!(RawInode, parent) == 96 && std::mem::offset_of!(RawInode, reserved) == 120);
-const _: () = assert!(size_of::<RawIntent>() == 24);
+const _: () = assert!(size_of::<RawIntent>() == 24 && size_of::<RawShift>() == 32);
 const _: () = assert!(size_of::<RawXattr>() == 4);
 const _: () = assert!(size_of::<RawHashEntry>() == 18 && size_of::<RawSequenceEntry>() == 9);
 
@@ -420,6 +431,29 @@ pub(crate) enum Intent {
     },
     /// What a clone set aside is being dropped.
     DropReplaced,
+    /// A range is being taken out of a file, and what lies behind it moves to its place.
+    Collapse(Shift),
+    /// A hole is being put into a file, and what lies behind it moves on.
+    Insert(Shift),
+}
+
+/// How far the contents of a file have moved, all in bytes and whole blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shift {
+    /// First byte of the range that is taken out or put in.
+    pub(crate) first: u64,
+    /// Its length, and how far the rest moves.
+    pub(crate) length: u64,
+    /// Old place of what moves next: everything before it (collapse), or from it on (insert), has moved.
+    pub(crate) reached: u64,
+}
+
+impl Shift {
+    fn check(self, least: u64) -> Option<Self> {
+        let whole = (self.first | self.length | self.reached).is_multiple_of(BLOCK_SIZE);
+        let inside = self.length > 0 && self.reached >= least && self.reached <= crate::MAX_FILE_SIZE;
+        (whole && inside).then_some(self)
+    }
 }
 
 impl Intent {
@@ -429,7 +463,26 @@ impl Intent {
             Self::Truncate(_) => 2,
             Self::Clone { .. } => 3,
             Self::DropReplaced => 4,
+            Self::Collapse(_) => 5,
+            Self::Insert(_) => 6,
         }
+    }
+
+    fn decode_shift(value: &[u8]) -> Result<Self, ItemError> {
+        let raw = RawShift::read_from_bytes(value).map_err(|_| ItemError::Length)?;
+        if raw.head.reserved != [0; 7] {
+            return Err(ItemError::Reserved);
+        }
+        let (first, length) = (raw.head.argument.get(), raw.head.end.get());
+        let shift = Shift { first, length, reached: raw.reached.get() };
+        let end = first.checked_add(length).filter(|end| *end <= crate::MAX_FILE_SIZE);
+        let end = end.ok_or(ItemError::Intent)?;
+        let decoded = match raw.head.code {
+            5 => shift.check(end).map(Self::Collapse),
+            6 => shift.check(first).map(Self::Insert),
+            _ => None,
+        };
+        decoded.ok_or(ItemError::Intent)
     }
 
     /// Checks a stored intent.
@@ -437,6 +490,9 @@ impl Intent {
     /// # Errors
     /// What is wrong with it.
     pub(crate) fn decode(value: &[u8]) -> Result<Self, ItemError> {
+        if matches!(value.first(), Some(5 | 6)) {
+            return Self::decode_shift(value);
+        }
         let raw = RawIntent::read_from_bytes(value).map_err(|_| ItemError::Length)?;
         if raw.reserved != [0; 7] {
             return Err(ItemError::Reserved);
@@ -462,10 +518,16 @@ impl Intent {
             Self::Orphan | Self::DropReplaced => (0, 0),
             Self::Truncate(size) => (size, 0),
             Self::Clone { start, end } => (start, end),
+            Self::Collapse(shift) | Self::Insert(shift) => (shift.first, shift.length),
         };
-        let raw =
+        let head =
             RawIntent { code: self.code(), reserved: [0; 7], argument: argument.into(), end: end.into() };
-        raw.as_bytes().to_vec()
+        match self {
+            Self::Collapse(shift) | Self::Insert(shift) => {
+                RawShift { head, reached: shift.reached.into() }.as_bytes().to_vec()
+            }
+            _ => head.as_bytes().to_vec(),
+        }
     }
 }
 

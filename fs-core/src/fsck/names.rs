@@ -50,6 +50,11 @@ impl Intents {
         self.of(inode).any(|intent| matches!(intent, Intent::Truncate(_)))
     }
 
+    /// Whether its contents are being moved.
+    pub(super) fn shifts(&self, inode: InodeNr) -> bool {
+        self.of(inode).any(|intent| matches!(intent, Intent::Collapse(_) | Intent::Insert(_)))
+    }
+
     pub(super) fn clones(&self, inode: InodeNr) -> bool {
         self.of(inode).any(|intent| matches!(intent, Intent::Clone { .. }))
     }

@@ -302,7 +302,8 @@ impl Scan {
         self.inodes += 1;
         self.highest = Some(open.nr);
         tables.counts.inodes += 1;
-        let unfinished = self.intents.truncates(open.nr) || self.intents.clones(open.nr);
+        let unfinished =
+            self.intents.truncates(open.nr) || self.intents.clones(open.nr) || self.intents.shifts(open.nr);
         open.check(record, unfinished, tables);
         tables.names.inode(InodeSummary {
             nr: open.nr,

@@ -161,6 +161,7 @@ impl Shard {
                 Intent::Truncate(size) => shard.finish_truncation(inode, size).await,
                 Intent::Clone { start, end } => shard.undo_clone_after_crash(inode, start..end).await,
                 Intent::DropReplaced => shard.drop_set_aside_after_crash(inode).await,
+                Intent::Collapse(_) | Intent::Insert(_) => shard.finish_shift(inode, interrupted).await,
             };
             if let Err(error) = recovered {
                 // What was cut off would be seen again if the file grew, and half a clone is seen already.

@@ -25,6 +25,7 @@ mod planted;
 mod relocate;
 mod resize;
 mod scrub;
+mod shift;
 mod simulate;
 mod unreplayed;
 mod world;

@@ -102,6 +102,18 @@ pub(crate) fn set_aside(
     to: InodeNr,
     range: &Range<u64>,
 ) -> Plan<Option<(u64, u64)>> {
+    move_extent(batch, from, to, range, |offset| offset)
+}
+
+/// Moves the first extent that `from` has in `range` (whole blocks), or its part in there, to `to`, at the offset that `place` makes of
+/// its own; there may be nothing but what is moved. Returns where that piece ended and its blocks; `None` if there is none.
+pub(crate) fn move_extent(
+    batch: &mut Batch<'_>,
+    from: InodeNr,
+    to: InodeNr,
+    range: &Range<u64>,
+    place: impl FnOnce(u64) -> u64,
+) -> Plan<Option<(u64, u64)>> {
     let Some(mapped) = next_extent(batch, from, range.start)?.filter(|mapped| mapped.offset < range.end)
     else {
         return Ok(None);
@@ -112,9 +124,9 @@ pub(crate) fn set_aside(
     split_run(batch, from, &mapped, first)?;
     split_run(batch, from, &mapped, last)?;
     remap_around(batch, from, &mapped, first..last);
-    let place = block_at(mapped.extent.start, first);
-    let extent = Extent { start: place, blocks: BlockCount::new(last - first), ..mapped.extent };
-    put_reference(batch, to, start, &extent);
+    let moved = block_at(mapped.extent.start, first);
+    let extent = Extent { start: moved, blocks: BlockCount::new(last - first), ..mapped.extent };
+    put_reference(batch, to, place(start), &extent);
     Ok(Some((end, last - first)))
 }
 

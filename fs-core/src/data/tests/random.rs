@@ -24,7 +24,7 @@ impl Writer {
             2 => BLOCK_SIZE,
             _ => 1 + self.random.below(600_000),
         };
-        match self.random.below(20) {
+        match self.random.below(23) {
             0..=8 => self.write(offset, length).await,
             9..=13 => self.check(offset, length).await,
             14 => self.truncate(offset).await,
@@ -32,6 +32,9 @@ impl Writer {
             16 => self.allocate(offset, length, AllocateMode::ZeroRangeKeepSize).await,
             17 => self.allocate(offset, length, AllocateMode::KeepSize).await,
             18 => self.allocate(offset, length, AllocateMode::Extend).await,
+            19 => self.allocate(offset, length, AllocateMode::Unshare).await,
+            20 => self.shift(offset, length, AllocateMode::Collapse).await,
+            21 => self.shift(offset, length, AllocateMode::Insert).await,
             _ => self.client.sync(self.inode).await.unwrap(),
         }
     }
@@ -68,13 +71,31 @@ impl Writer {
         self.client.allocate(self.inode, offset, length, mode).await.unwrap();
         let end = (offset + length) as usize;
         match mode {
-            AllocateMode::Extend => self.model.resize(self.model.len().max(end), 0),
+            AllocateMode::Extend | AllocateMode::Unshare => self.model.resize(self.model.len().max(end), 0),
             AllocateMode::KeepSize => {}
+            AllocateMode::Collapse | AllocateMode::Insert => unreachable!("these move what lies behind"),
             AllocateMode::PunchHole | AllocateMode::ZeroRange | AllocateMode::ZeroRangeKeepSize => {
                 let to = self.model.len().min(end);
                 let from = to.min(offset as usize);
                 self.model[from..to].fill(0);
             }
+        }
+    }
+
+    async fn shift(&mut self, offset: u64, length: u64, mode: AllocateMode) {
+        let (offset, length) = (offset - offset % BLOCK_SIZE, length.next_multiple_of(BLOCK_SIZE));
+        let (size, from, end) = (self.model.len(), offset as usize, (offset + length) as usize);
+        let done = self.client.allocate(self.inode, offset, length, mode).await;
+        match mode {
+            AllocateMode::Collapse if end < size => drop(self.model.drain(from..end)),
+            AllocateMode::Insert if from < size => {
+                drop(self.model.splice(from..from, std::iter::repeat_n(0, length as usize)));
+            }
+            _ => return assert_eq!(done, Err(FsError::Invalid), "{mode:?} {offset} + {length} of {size}"),
+        }
+        assert_eq!(done, Ok(()), "{mode:?} {offset} + {length} of {size}");
+        if self.model.len() as u64 > FILE_LIMIT {
+            self.truncate(FILE_LIMIT).await;
         }
     }
 

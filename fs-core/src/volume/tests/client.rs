@@ -386,6 +386,10 @@ impl Client {
     async fn check_after(&mut self, op: &Op, before: &Model) -> Ending {
         let checked = match op {
             Op::Write { node, offset, data } => self.check_range(*node, *offset, data.len() as u64).await,
+            Op::Allocate { node, offset, mode: AllocateMode::Collapse | AllocateMode::Insert, .. } => {
+                // Sparse files are long.
+                self.check_range(*node, *offset, 2 * FILE_BLOCKS * BLOCK_SIZE).await
+            }
             Op::Allocate { node, offset, length, .. }
             | Op::Copy { node, offset, length, .. }
             | Op::Deduplicate { node, offset, length, .. } => self.check_range(*node, *offset, *length).await,
@@ -640,10 +644,20 @@ impl Client {
                     AllocateMode::PunchHole,
                     AllocateMode::ZeroRange,
                     AllocateMode::ZeroRangeKeepSize,
+                    AllocateMode::Unshare,
+                    AllocateMode::Collapse,
+                    AllocateMode::Collapse,
+                    AllocateMode::Insert,
                 ];
-                let (node, offset) = (self.rng.pick(&files)?, self.random_offset());
-                let length = 1 + self.rng.below(8 * BLOCK_SIZE);
-                Op::Allocate { node, offset, length, mode: self.rng.pick(&modes)? }
+                let (node, mut offset) = (self.rng.pick(&files)?, self.random_offset());
+                let mut length = 1 + self.rng.below(8 * BLOCK_SIZE);
+                let mode = self.rng.pick(&modes)?;
+                // Others are refused.
+                if matches!(mode, AllocateMode::Collapse | AllocateMode::Insert) && self.rng.below(8) > 0 {
+                    offset -= offset % BLOCK_SIZE;
+                    length = length.next_multiple_of(BLOCK_SIZE);
+                }
+                Op::Allocate { node, offset, length, mode }
             }
             76..79 => {
                 let permissions = [0o600, 0o644, 0o755, 0o700];

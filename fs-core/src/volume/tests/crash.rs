@@ -293,6 +293,8 @@ fn alphabet() -> Vec<Op> {
         allocate(FILE, 4096, 2 * 4096, AllocateMode::PunchHole),
         allocate(FILE, 2000, 9000, AllocateMode::ZeroRange),
         allocate(OLD, 0, 60_000, AllocateMode::Extend),
+        allocate(FILE, 4096, 2 * 4096, AllocateMode::Collapse),
+        allocate(FILE, 4096, 3 * 4096, AllocateMode::Insert),
         Op::SetXattr { node: FILE, name: "user.a".to_owned(), value: vec![2; 900], mode: SetXattrMode::Set },
         Op::SetOwner { node: FILE, permissions: 0o600, uid: 5 },
         Op::Sync { node: FILE, scope: SyncScope::File },

@@ -120,9 +120,12 @@ impl History {
             _ => None,
         };
         let reaches = match op {
-            Op::Allocate { node, offset, length, mode: AllocateMode::Extend | AllocateMode::ZeroRange } => {
-                Some((*node, offset + length))
-            }
+            Op::Allocate {
+                node,
+                offset,
+                length,
+                mode: AllocateMode::Extend | AllocateMode::ZeroRange | AllocateMode::Unshare,
+            } => Some((*node, offset + length)),
             _ => None,
         };
         let unchanged = before.nodes.len() == after.nodes.len()

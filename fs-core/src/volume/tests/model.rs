@@ -88,6 +88,25 @@ impl Contents {
         self.change(end * BLOCK_SIZE, offset + length - end * BLOCK_SIZE, |_| 0);
     }
 
+    /// Takes whole blocks out.
+    fn collapse(&mut self, offset: u64, length: u64) {
+        let (first, count) = (offset / BLOCK_SIZE, length / BLOCK_SIZE);
+        let blocks = std::mem::take(&mut self.blocks).into_iter();
+        let kept = blocks.filter(|(index, _)| !(first..first + count).contains(index));
+        self.blocks =
+            kept.map(|(index, block)| (if index < first { index } else { index - count }, block)).collect();
+        self.size -= length;
+    }
+
+    /// Puts whole blocks of zeroes in.
+    fn insert(&mut self, offset: u64, length: u64) {
+        let (first, count) = (offset / BLOCK_SIZE, length / BLOCK_SIZE);
+        let blocks = std::mem::take(&mut self.blocks).into_iter();
+        self.blocks =
+            blocks.map(|(index, block)| (if index < first { index } else { index + count }, block)).collect();
+        self.size += length;
+    }
+
     fn set_size(&mut self, size: u64) {
         if size < self.size {
             let end = size.next_multiple_of(BLOCK_SIZE);
@@ -211,11 +230,25 @@ impl Model {
             }
             Op::Allocate { node, offset, length, mode } => {
                 let end = offset + length;
+                let size = self.node(*node).contents.size;
+                let whole = (offset | length).is_multiple_of(BLOCK_SIZE);
+                let refused = match mode {
+                    AllocateMode::Collapse => !whole || end >= size,
+                    AllocateMode::Insert => !whole || *offset >= size,
+                    _ => false,
+                };
+                if refused {
+                    return Err(FsError::Invalid);
+                }
                 self.change_contents(*node, |contents| {
                     let inside = (*length).min(contents.size.saturating_sub(*offset));
                     match mode {
                         AllocateMode::KeepSize => {}
-                        AllocateMode::Extend => contents.size = contents.size.max(end),
+                        AllocateMode::Extend | AllocateMode::Unshare => {
+                            contents.size = contents.size.max(end);
+                        }
+                        AllocateMode::Collapse => contents.collapse(*offset, *length),
+                        AllocateMode::Insert => contents.insert(*offset, *length),
                         AllocateMode::PunchHole | AllocateMode::ZeroRangeKeepSize => {
                             contents.zero(*offset, inside);
                         }

@@ -51,7 +51,7 @@ pub(crate) mod checkpoint;
 pub(crate) mod epoch;
 pub(crate) mod log;
 pub(crate) mod message;
-mod relocate;
+pub(crate) mod relocate;
 mod scrub;
 pub(crate) mod signal;
 pub(crate) mod transact;
@@ -235,6 +235,8 @@ impl Shard {
             PeerCall::Resize(step) => Ok(PeerReply::Resized(self.resize_volume(step))),
             PeerCall::Recover => {
                 self.recover_orphans().await?;
+                // What an earlier mount left.
+                self.note_returns();
                 Ok(PeerReply::Done)
             }
             PeerCall::Report => Ok(PeerReply::Report(Box::new(self.report()))),

@@ -8,6 +8,7 @@
 //! |---|---|---|
 //! | a slice of a clone | [`LendingChange::Lend`] what the borrower has not | [`LendingChange::Borrow`] |
 //! | giving back | [`LendingChange::TakeBack`] | [`LendingChange::EndReturns`] |
+//! | relocation of what is lent (`lending/moving.rs`) | [`LendingChange::LendCopy`] | [`LendingChange::Receive`] |
 //!
 //! A borrower decides what it lacks, and what it gives back, under a lock of its own ([`Lending::turn`]): between the
 //! decision and the commit nothing is lent to it and nothing taken back, so both sides go by the same facts. What else
@@ -34,14 +35,22 @@ use crate::locks::{Guard, InodeClass, LockClass, LockOrder, MmapClass, RangeClas
 use crate::namespace::inode::store;
 use crate::namespace::transaction::TransactionId;
 use crate::shard::message::{PeerCall, PeerReply};
+use crate::shard::relocate::lent::{MoveCall, MoveReply};
 use crate::shard::signal::Signal;
 use crate::shard::{Inode, Shard};
-use crate::types::{InodeNr, ShardId};
+use crate::types::{Generation, InodeNr, ShardId};
 
 use super::apply::{MmapLock, load_regular};
 use super::extent_map::ItemBudget;
-use super::extent_map::lend::{Blocks, Piece, borrow, end_return, first_returns, lend, pieces, take_back};
+use super::extent_map::lend::{
+    Blocks, CopyPiece, PARTS_AT_ONCE, Piece, borrow, end_return, first_returns, lend, lend_copy, pieces,
+    receive, take_back,
+};
 use super::file::pages_of;
+
+mod moving;
+
+use self::moving::Moving;
 
 /// Items of a part of a transaction that lends or borrows, at most; what is planned keeps well below, because runs may be
 /// split by others until the commit.
@@ -49,9 +58,6 @@ const PART_ITEMS: u32 = 112;
 
 /// Items at which taking back has enough.
 const ENOUGH_ITEMS: u32 = 48;
-
-/// Parts of pieces that are borrowed at once: each changes a run and what remains of it on both sides, or a return.
-pub(super) const PARTS_AT_ONCE: usize = 12;
 
 /// Items that lending one piece changes: its run and what remains on both sides, the borrower's extent and its
 /// back-reference, and room for a run that was split meanwhile.
@@ -79,6 +85,8 @@ const _: () = assert!(RangeClass::RANK < LendingClass::RANK, "a clone takes its 
 pub(crate) struct Lending {
     turn: WholeLock<LendingClass>,
     locked: RefCell<HashMap<TransactionId, LockedSource>>,
+    /// What relocations of other shards hold here.
+    moving: RefCell<HashMap<TransactionId, Moving>>,
     /// There may be returns.
     due: Cell<bool>,
     giving_back: Cell<bool>,
@@ -99,8 +107,8 @@ impl Default for Lending {
         Self {
             turn: WholeLock::new(InodeNr::new(0)),
             locked: RefCell::default(),
-            // What an earlier mount left.
-            due: Cell::new(true),
+            moving: RefCell::default(),
+            due: Cell::new(false),
             giving_back: Cell::new(false),
             wake: Signal::default(),
             rested: Signal::default(),
@@ -129,6 +137,26 @@ pub(crate) enum LendingChange {
         /// Pieces, each with its file offset in the target.
         pieces: Vec<(u64, Piece)>,
     },
+    /// The owner lends a copy of what it has lent.
+    LendCopy {
+        /// Shard that owns the blocks.
+        owner: ShardId,
+        /// Who borrows.
+        borrower: ShardId,
+        /// Blocks that the borrower has not.
+        pieces: Vec<CopyPiece>,
+    },
+    /// The borrower takes note of them.
+    Receive {
+        /// Who borrows.
+        borrower: ShardId,
+        /// Shard that owns the blocks.
+        owner: ShardId,
+        /// Blocks.
+        blocks: Vec<Blocks>,
+        /// Their generation.
+        generation: Generation,
+    },
     /// The owner takes blocks back.
     TakeBack {
         /// Shard that owns the blocks.
@@ -153,9 +181,9 @@ impl LendingChange {
     /// The shard that carries it out.
     pub(crate) fn shard(&self) -> ShardId {
         match self {
-            Self::Lend { owner, .. } | Self::TakeBack { owner, .. } => *owner,
+            Self::Lend { owner, .. } | Self::LendCopy { owner, .. } | Self::TakeBack { owner, .. } => *owner,
             Self::Borrow { target, .. } => target.shard(),
-            Self::EndReturns { borrower, .. } => *borrower,
+            Self::Receive { borrower, .. } | Self::EndReturns { borrower, .. } => *borrower,
         }
     }
 
@@ -163,6 +191,8 @@ impl LendingChange {
     pub(crate) fn items(&self) -> u32 {
         match self {
             Self::Lend { ranges, .. } => LEND_ITEMS * ranges.len() as u32,
+            Self::LendCopy { pieces, .. } => LEND_ITEMS * pieces.len() as u32,
+            Self::Receive { blocks, .. } => blocks.len() as u32,
             Self::Borrow { .. } | Self::TakeBack { .. } | Self::EndReturns { .. } => PART_ITEMS,
         }
     }
@@ -185,6 +215,16 @@ impl LendingChange {
                     record.blocks += piece.blocks();
                 }
                 store(batch, *target, &record);
+            }
+            Self::LendCopy { borrower, pieces, .. } => {
+                for piece in pieces {
+                    lend_copy(batch, *borrower, piece)?;
+                }
+            }
+            Self::Receive { owner, blocks, generation, .. } => {
+                for blocks in blocks {
+                    receive(batch, *owner, *blocks, *generation);
+                }
             }
             Self::TakeBack { borrower, blocks, .. } => {
                 for blocks in blocks {
@@ -222,6 +262,8 @@ pub(crate) enum LendingCall {
     Size(InodeNr),
     /// How many of each of these blocks, lent to a shard, one transaction can take back. → [`LendingReply::Counts`]
     CanTakeBack(ShardId, Vec<Blocks>),
+    /// A step of moving what the asked shard has borrowed. → [`LendingReply::Moved`]
+    Move(TransactionId, MoveCall),
 }
 
 /// An answer.
@@ -239,6 +281,8 @@ pub(crate) enum LendingReply {
     Bytes(Vec<u8>),
     /// Blocks, for each piece asked about; 0 from the first on that does not fit.
     Counts(Vec<u64>),
+    /// See [`MoveReply`].
+    Moved(MoveReply),
 }
 
 impl Shard {
@@ -278,6 +322,9 @@ impl Shard {
             LendingCall::CanTakeBack(borrower, blocks) => {
                 LendingReply::Counts(self.can_take_back(borrower, &blocks).await?)
             }
+            LendingCall::Move(transaction, call) => {
+                LendingReply::Moved(self.answer_moving(transaction, call).await?)
+            }
         })
     }
 
@@ -285,7 +332,7 @@ impl Shard {
     ///
     /// # Errors
     /// The answer's; [`FsError::NotFound`] if there is no such shard.
-    pub(super) async fn ask_lending(
+    pub(crate) async fn ask_lending(
         &self,
         shard: ShardId,
         call: LendingCall,
@@ -362,7 +409,8 @@ impl Shard {
         self.data.lending.turn.exclusive(&mut order.clone()).await
     }
 
-    /// There are blocks to give back.
+    /// There are, or may be, blocks to give back. A mount says so when the log is replayed, not before: the log may have
+    /// given them back itself.
     pub(crate) fn note_returns(&self) {
         self.data.lending.due.set(true);
         self.data.lending.wake.notify();
@@ -430,7 +478,7 @@ impl Shard {
     ///
     /// # Errors
     /// [`FsError::NoSpace`], [`FsError::ReadOnly`], damage; then nothing has changed.
-    pub(super) async fn commit_lending(
+    pub(crate) async fn commit_lending(
         self: &Rc<Self>,
         changes: Vec<LendingChange>,
         priority: Priority,

@@ -18,7 +18,7 @@
 //! Invariants:
 //! - sharing stays: all references of a block go to the same copy, or a round that cannot end leaves the rest where it
 //!   is for the next pass (then, and only then, the block exists twice);
-//! - blocks that are lent to another shard stay, with everything that shares them; they are named;
+//! - what is lent to other shards moves too, before what is not (`relocate/lent.rs`); what stays of it is named;
 //! - a block that does not match its checksum stays, and is named.
 //!
 //! # Legal crash outcomes
@@ -26,7 +26,7 @@
 //!
 //! Excludes: which groups, in what order, until when (`crate::relocate`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
@@ -38,7 +38,7 @@ use crate::data::extent_map::relocate::{
     Destination, Found, Reference, Span, first_reference, has_room, move_reference, next_span, references,
 };
 use crate::error::FsError;
-use crate::format::extent::{ExtentKind, borrower_of};
+use crate::format::extent::ExtentKind;
 use crate::format::node::Key;
 use crate::locks::{Guard, LockOrder, MmapClass, Mode, RangeGuard};
 use crate::request::{GroupLease, RelocateStep, Relocated};
@@ -46,6 +46,8 @@ use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, Generation, InodeNr, ShardId
 
 use super::transact::{Credit, TransactionSpace};
 use super::{Inode, Shard};
+
+pub(crate) mod lent;
 
 /// Blocks after which a step ends, and the rest of a span: 16 MiB.
 const BLOCKS_PER_STEP: u64 = 4096;
@@ -66,7 +68,7 @@ const RETRY_PAUSE: Duration = Duration::from_micros(200);
 const ROUNDS: u32 = 64;
 
 /// The locks of a reference. Fields are dropped in order: the reverse of how they were taken.
-struct ReferenceLocks {
+pub(crate) struct ReferenceLocks {
     _range: RangeGuard,
     _mmap: Guard<MmapClass>,
 }
@@ -154,32 +156,33 @@ impl Shard {
     ) -> Result<(), FsError> {
         let mut at = from.get().max(group.start);
         let mut spans = 0;
+        let mut borrowers = BTreeSet::new();
         while at < group.end {
             if done.blocks >= BLOCKS_PER_STEP || spans == SPANS_PER_STEP {
                 done.next = Some(RelocateStep::Data(BlockNr::new(at)));
-                return Ok(());
+                return self.finish_returns_of(&borrowers).await;
             }
             spans += 1;
             let rest = at..group.end;
             match self.view(|batch| next_span(batch, &rest)).await? {
                 Found::Nothing => break,
-                Found::Lent(start, blocks, object) => {
-                    let shard = borrower_of(object).map_or(0, ShardId::get);
-                    done.left.push(format!("blocks {start} + {blocks}: lent to shard {shard}"));
-                    at = start.get() + blocks.get();
-                }
                 Found::Span(span) => {
-                    at = span.start.get() + self.relocate_span(span, done).await?;
+                    at = span.start.get() + self.relocate_span(span, &mut borrowers, done).await?;
                     self.ctx.yield_now().await;
                 }
             }
         }
         done.next = Some(RelocateStep::Nodes(Key::MIN));
-        Ok(())
+        self.finish_returns_of(&borrowers).await
     }
 
     /// Moves as much of the beginning of `span` as goes to one place. Returns the blocks that were dealt with.
-    async fn relocate_span(self: &Rc<Self>, mut span: Span, done: &mut Relocated) -> Result<u64, FsError> {
+    async fn relocate_span(
+        self: &Rc<Self>,
+        mut span: Span,
+        borrowers: &mut BTreeSet<ShardId>,
+        done: &mut Relocated,
+    ) -> Result<u64, FsError> {
         let bytes = match span.kind {
             ExtentKind::Preallocated => Vec::new(),
             ExtentKind::Data => {
@@ -206,7 +209,10 @@ impl Shard {
                     Ok(()) => {
                         // No log may name the copy before a flush.
                         self.volume.note_data_written();
-                        self.move_references(&mut journey, done).await
+                        match self.move_lent(&mut journey, borrowers, done).await {
+                            Ok(()) => self.move_references(&mut journey, done).await,
+                            Err(error) => Err(error),
+                        }
                     }
                     Err(error) => Err(error),
                 }
@@ -252,7 +258,7 @@ impl Shard {
         let (start, count) = self.alloc.borrow_mut().allocate_data(wanted, &mut space);
         span.shorten(count.get());
         let generation = Generation::new(self.epochs.current().get());
-        Ok(Destination { start, generation, fresh: vec![true; count.get() as usize] })
+        Ok(Destination { start, generation, fresh: vec![true; count.get() as usize], lender: None })
     }
 
     /// Blocks that no reference has come to need.
@@ -302,25 +308,8 @@ impl Shard {
         round: u32,
         done: &mut Relocated,
     ) -> Result<(u64, u64), FsError> {
-        let mut by_inode: BTreeMap<InodeNr, Vec<Reference>> = BTreeMap::new();
-        for reference in found {
-            // What is lent since the span was chosen stays; the next pass names it.
-            if let Some(owner) = reference.owner() {
-                by_inode.entry(owner).or_default().push(reference);
-            }
-        }
-        let (mut locked, mut busy) = (Vec::new(), Vec::new());
-        for (nr, references) in by_inode {
-            let inode = self.inode(nr);
-            for reference in references {
-                match try_lock(&inode, &reference, journey.span.kind) {
-                    Some(locks) => locked.push((reference, locks)),
-                    None => busy.push(reference),
-                }
-            }
-            drop(inode);
-            self.release_inode(nr);
-        }
+        // What is lent since the span was chosen stays for the next pass.
+        let (locked, busy) = self.lock_some(found, journey.span.kind);
         let references: Vec<Reference> = locked.iter().map(|(reference, _)| *reference).collect();
         let mut moved = self.turn(journey, &references, done).await?;
         drop(locked);
@@ -333,6 +322,42 @@ impl Shard {
         Ok((moved, busy.len() as u64))
     }
 
+    /// Locks those references of files whose locks are free. Returns them, and the others. Whoever drops the locks releases
+    /// the inodes afterwards.
+    pub(crate) fn lock_some(
+        &self,
+        found: Vec<Reference>,
+        kind: ExtentKind,
+    ) -> (Vec<(Reference, ReferenceLocks)>, Vec<Reference>) {
+        let mut by_inode: BTreeMap<InodeNr, Vec<Reference>> = BTreeMap::new();
+        for reference in found {
+            if let Some(owner) = reference.owner() {
+                by_inode.entry(owner).or_default().push(reference);
+            }
+        }
+        let (mut locked, mut busy) = (Vec::new(), Vec::new());
+        for (nr, references) in by_inode {
+            let inode = self.inode(nr);
+            for reference in references {
+                match try_lock(&inode, &reference, kind) {
+                    Some(locks) => locked.push((reference, locks)),
+                    None => busy.push(reference),
+                }
+            }
+            drop(inode);
+            self.release_inode(nr);
+        }
+        (locked, busy)
+    }
+
+    /// Waits for the locks of a reference, in their order. `inode` is its file.
+    pub(crate) async fn wait_for(inode: &Inode, reference: &Reference) -> ReferenceLocks {
+        let mut order = LockOrder::new();
+        let mmap = inode.mmap_lock.shared(&mut order).await;
+        let range = inode.ranges.exclusive(reference.bytes(), &mut order).await;
+        ReferenceLocks { _range: range, _mmap: mmap }
+    }
+
     /// Waits for the locks of one reference, in their order and with nothing else in hand, and turns it.
     async fn wait_and_turn(
         self: &Rc<Self>,
@@ -342,15 +367,13 @@ impl Shard {
     ) -> Result<u64, FsError> {
         let Some(nr) = reference.owner() else { return Ok(0) };
         let inode = self.inode(nr);
-        let mut order = LockOrder::new();
-        let mmap = inode.mmap_lock.shared(&mut order).await;
-        let range = inode.ranges.exclusive(reference.bytes(), &mut order).await;
+        let locks = Self::wait_for(&inode, reference).await;
         let turned = if is_written_to(&inode, reference, journey.span.kind) {
             Ok(0) // the ordered extent ends soon, once the range is free
         } else {
             self.turn(journey, std::slice::from_ref(reference), done).await
         };
-        drop((range, mmap, inode));
+        drop((locks, inode));
         self.release_inode(nr);
         turned
     }
@@ -362,32 +385,46 @@ impl Shard {
         references: &[Reference],
         done: &mut Relocated,
     ) -> Result<u64, FsError> {
+        let before = journey.to.fresh.clone();
+        let turned = self.turn_references(&journey.span, &mut journey.to, references).await;
+        let used = before.iter().zip(&journey.to.fresh).filter(|(before, after)| **before && !**after);
+        done.blocks += used.count() as u64;
+        let (moved, count) = turned?;
+        done.references += count;
+        Ok(moved)
+    }
+
+    /// As [`Self::turn`]; returns the blocks and the references turned.
+    pub(crate) async fn turn_references(
+        &self,
+        span: &Span,
+        place: &mut Destination,
+        references: &[Reference],
+    ) -> Result<(u64, u64), FsError> {
         let mut rest = references;
-        let mut moved = 0;
+        let (mut moved, mut all) = (0, 0);
         while !rest.is_empty() {
             let credit = Credit::reserve(crate::data::extent_map::relocate::MOVE_ITEMS);
             let (turned, count, to) = self
                 .transact(credit, |batch| {
-                    let mut to = journey.to.clone();
+                    let mut to = place.clone();
                     let (mut turned, mut count) = (0, 0);
                     for reference in rest {
                         if !has_room(batch) {
                             break;
                         }
-                        turned += move_reference(batch, &journey.span, &mut to, reference)?;
+                        turned += move_reference(batch, span, &mut to, reference)?;
                         count += 1;
                     }
                     Ok((turned, count, to))
                 })
                 .await?;
-            let used = journey.to.fresh.iter().zip(&to.fresh).filter(|(before, after)| **before && !**after);
-            done.blocks += used.count() as u64;
-            done.references += if turned > 0 { count as u64 } else { 0 };
-            journey.to = to;
+            *place = to;
+            all += if turned > 0 { count as u64 } else { 0 };
             moved += turned;
             rest = &rest[count..];
         }
-        Ok(moved)
+        Ok((moved, all))
     }
 
     async fn relocate_nodes(

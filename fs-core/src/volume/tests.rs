@@ -23,6 +23,7 @@ mod model;
 mod oracle;
 mod planted;
 mod relocate;
+mod relocate_lent;
 mod resize;
 mod scrub;
 mod shift;

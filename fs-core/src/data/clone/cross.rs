@@ -26,9 +26,9 @@ use crate::shard::{Inode, Shard};
 use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, InodeNr, ShardId};
 
 use super::super::apply::{MmapLock, load_regular};
-use super::super::extent_map::lend::{Blocks, Piece, borrow, survey};
+use super::super::extent_map::lend::{Blocks, PARTS_AT_ONCE, Piece, borrow, survey};
 use super::super::extent_map::{SET_ASIDE_ITEMS, set_aside};
-use super::super::lending::{LendingCall, LendingChange, LendingReply, PARTS_AT_ONCE, misanswered};
+use super::super::lending::{LendingCall, LendingChange, LendingReply, misanswered};
 use super::{COMPARED_AT_ONCE, FLUSH_ROUNDS, HEAD_ITEMS, Job, Progress, Purpose, SLICE_ITEMS};
 
 /// The target's locks; the source's are held for the transaction on its own shard. Fields are dropped in order.

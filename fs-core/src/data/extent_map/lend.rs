@@ -1,7 +1,7 @@
 //! Plans of lending: blocks of one shard's groups in files of another shard.
 //!
 //! Owns: the lender's side ([`lend`], [`take_back`]) and the borrower's ([`pieces`], [`survey`], [`borrow`],
-//! [`end_return`]). What they keep true is written in `format/extent.rs`, "Blocks of another shard".
+//! [`end_return`]); for relocation, [`copies_lacking`], [`lend_copy`], [`receive`] and [`refer_to_lent`]. What they keep true is written in `format/extent.rs`, "Blocks of another shard".
 //!
 //! Invariants: those of the extent map, before and after each call. What is lent to a shard is what it has borrowed or
 //! is about to return: so `lend` goes with `borrow`, and `take_back` with `end_return`, in one transaction of both.
@@ -10,12 +10,13 @@
 
 use crate::error::FsError;
 use crate::format::extent::{
-    Extent, ExtentKind, RETURN, Return, Run, lent_offset, lent_to, physical_block, return_key, return_of_key,
-    run_key,
+    Extent, ExtentKind, RETURN, Return, Run, borrower_of, lent_offset, lent_to, physical_block, return_key,
+    return_of_key, run_key,
 };
 use crate::format::extent::{MAX_RUN_BLOCKS, RUN};
 use crate::types::ShardId;
 
+use super::relocate::{first_reference, references};
 use super::share::{add_reference, piece};
 use super::{
     BLOCK_SIZE, Batch, BlockCount, BlockNr, Dropped, Generation, InodeNr, ItemBudget, Plan, Range, Runs,
@@ -53,6 +54,9 @@ impl Piece {
         Self { checksums: self.checksums[..blocks as usize].to_vec(), ..*self }
     }
 }
+
+/// Parts of pieces that are borrowed at once: each changes a run and what remains of it on both sides, or a return.
+pub(crate) const PARTS_AT_ONCE: usize = 12;
 
 /// Blocks of the volume: the first, and how many.
 pub(crate) type Blocks = (BlockNr, u64);
@@ -215,6 +219,132 @@ fn put_borrowed_run(batch: &mut Batch<'_>, piece: &Piece, range: Range<u64>) {
         checksums: piece.checksums[range.start as usize..range.end as usize].to_vec(),
     };
     batch.put(run_key(block_at(piece.start, range.start)), run.encode());
+}
+
+/// Where the blocks of a copy, which is to be lent, come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CopySource {
+    /// The allocator: nothing has them yet.
+    Fresh,
+    /// Another shard has borrowed them, and cannot give them back for now: its turn to borrow is taken.
+    LentTo(ShardId),
+}
+
+/// Blocks of a copy that a relocation lends.
+#[derive(Clone, Debug)]
+pub(crate) struct CopyPiece {
+    /// First block.
+    pub(crate) start: BlockNr,
+    /// Generation of the copy.
+    pub(crate) generation: Generation,
+    /// CRC32C of each block; there are as many blocks as checksums, at least one.
+    pub(crate) checksums: Vec<u32>,
+    /// Where they come from.
+    pub(crate) source: CopySource,
+}
+
+impl CopyPiece {
+    /// What the borrower gets.
+    pub(crate) fn blocks(&self) -> Blocks {
+        (self.start, self.checksums.len() as u64)
+    }
+}
+
+/// Those of `blocks` that are not lent to `borrower`, and where they come from. Left out is what is neither fresh nor
+/// lent to anybody: nothing keeps such blocks where they are.
+pub(crate) fn copies_lacking(
+    batch: &Batch<'_>,
+    borrower: ShardId,
+    blocks: &Range<u64>,
+    is_fresh: impl Fn(u64) -> bool,
+) -> Plan<Vec<(Range<u64>, CopySource)>> {
+    let mut lent: Vec<(ShardId, Range<u64>)> = Vec::new();
+    let mut next = Some(first_reference(blocks));
+    while let Some(from) = next {
+        let (found, rest) = references(batch, blocks, from)?;
+        lent.extend(found.iter().filter_map(|one| Some((borrower_of(one.object)?, one.block_range()))));
+        next = rest;
+    }
+    let source_of = |block: u64| {
+        let mut holders = lent.iter().filter(|(_, range)| range.contains(&block)).map(|(holder, _)| *holder);
+        if holders.clone().any(|holder| holder == borrower) {
+            return None;
+        }
+        if is_fresh(block) { Some(CopySource::Fresh) } else { holders.next().map(CopySource::LentTo) }
+    };
+    let mut found: Vec<(Range<u64>, CopySource)> = Vec::new();
+    for block in blocks.clone() {
+        let Some(source) = source_of(block) else { continue };
+        match found.last_mut() {
+            Some((range, last)) if range.end == block && *last == source => range.end += 1,
+            _ => found.push((block..block + 1, source)),
+        }
+    }
+    Ok(found)
+}
+
+/// Lends blocks of a copy to `borrower`, which has none of them.
+pub(crate) fn lend_copy(batch: &mut Batch<'_>, borrower: ShardId, piece: &CopyPiece) -> Plan<()> {
+    let (start, blocks) = piece.blocks();
+    match piece.source {
+        CopySource::Fresh => {
+            let run = Run {
+                blocks: BlockCount::new(blocks),
+                lender: None,
+                references: 1,
+                generation: piece.generation,
+                checksums: piece.checksums.clone(),
+            };
+            batch.commit_blocks(start, run.blocks);
+            batch.put(run_key(start), run.encode());
+        }
+        CopySource::LentTo(_) => {
+            let mut position = 0;
+            while position < blocks {
+                let at = block_at(start, position);
+                let found = run_covering(batch, at)?.filter(|(_, run)| run.generation == piece.generation);
+                let (first, run) =
+                    found.ok_or_else(|| damaged("a copy that is lent is gone", at, lent_to(borrower)))?;
+                let from = at.get() - first.get();
+                let upto = run.blocks.get().min(from + blocks - position);
+                add_reference(batch, first, &run, from..upto)?;
+                position += upto - from;
+            }
+        }
+    }
+    let kind = ExtentKind::Data;
+    let extent = Extent { kind, start, blocks: BlockCount::new(blocks), generation: piece.generation };
+    put_reference(batch, lent_to(borrower), lent_offset(start), &extent);
+    Ok(())
+}
+
+/// Notes blocks that `lender` has lent and no file has yet: they are to be given back unless one comes to need them.
+pub(crate) fn receive(batch: &mut Batch<'_>, lender: ShardId, blocks: Blocks, generation: Generation) {
+    let back = Return { blocks: BlockCount::new(blocks.1), generation };
+    batch.put(return_key(lender, blocks.0), back.encode());
+    batch.note_return();
+}
+
+/// Adds a reference to borrowed blocks, from the first on as long as they are there and `has_room`. Returns to how many.
+pub(super) fn refer_to_lent(
+    batch: &mut Batch<'_>,
+    piece: &Piece,
+    has_room: impl Fn(&Batch<'_>) -> bool,
+) -> Plan<u64> {
+    let mut position = 0;
+    while position < piece.blocks() && has_room(batch) {
+        let (holding, end) = holding(batch, piece, position)?;
+        match holding {
+            Holding::Run(first, run, range) => add_reference(batch, first, &run, range)?,
+            Holding::Return => {
+                end_return(batch, piece.owner, (block_at(piece.start, position), end - position))?;
+                put_borrowed_run(batch, piece, position..end);
+            }
+            Holding::Nothing => break,
+        }
+        position = end;
+    }
+    Ok(position)
 }
 
 /// Ends the return of some blocks: they were given back, or are used again.

@@ -6,9 +6,12 @@
 //! - a reference goes to the new place only if its run there still is what was copied: same generation, same checksums
 //!   (a preallocation that was filled meanwhile, or blocks that have no run any more, stay where they are);
 //! - the first reference to a block of the new place makes its run, every other one adds to it: what was shared is shared;
-//! - a block of the new place that lost all its references meanwhile belongs to the allocator, and is not used again.
+//! - a block of the new place that lost all its references meanwhile belongs to the allocator, and is not used again;
+//! - of a new place that another shard lends, only what it has lent is used.
 //!
 //! Excludes: locks (callers hold the mmap lock, shared, and the range of the reference), copying, cancellation.
+
+use std::collections::BTreeSet;
 
 use super::{
     Batch, BlockCount, BlockNr, Extent, ExtentKind, Generation, InodeNr, Key, Plan, Range, Run, Runs,
@@ -17,8 +20,9 @@ use super::{
 use crate::format::extent::{
     BACKREF, Backref, MAX_RUN_BLOCKS, PHYSICAL, RUN, borrower_of, owner_of_set_aside, physical_block,
 };
-use crate::types::BLOCK_SIZE;
+use crate::types::{BLOCK_SIZE, ShardId};
 
+use super::lend::{Piece, refer_to_lent};
 use super::share::add_reference;
 
 /// Items that one transaction of a relocation changes at most.
@@ -61,6 +65,8 @@ pub(crate) struct Destination {
     pub(crate) generation: Generation,
     /// Blocks that no run has yet; they are not committed.
     pub(crate) fresh: Vec<bool>,
+    /// Whose blocks they are, if another shard's: that has lent them.
+    pub(crate) lender: Option<ShardId>,
 }
 
 /// An extent that has blocks of a span.
@@ -81,6 +87,16 @@ impl Reference {
             return None;
         }
         Some(owner_of_set_aside(self.object).unwrap_or(self.object))
+    }
+
+    /// The shard that it is lent to, if it is.
+    pub(crate) fn borrower(&self) -> Option<ShardId> {
+        borrower_of(self.object)
+    }
+
+    /// Its blocks.
+    pub(crate) fn block_range(&self) -> Range<u64> {
+        self.start.get()..self.start.get() + self.blocks
     }
 
     /// Its bytes of the file.
@@ -110,6 +126,14 @@ impl Span {
         self.origins[at as usize].checksum
     }
 
+    /// The checksums of its data.
+    pub(crate) fn checksums(&self, range: &Range<u64>) -> Vec<u32> {
+        self.origins[range.start as usize..range.end as usize]
+            .iter()
+            .filter_map(|origin| origin.checksum)
+            .collect()
+    }
+
     /// Whether `run`, which lies at `at` of the span, is what was copied from there.
     fn is_copy_of(&self, at: u64, run: &Run) -> bool {
         let origins = &self.origins[at as usize..(at + run.blocks.get()) as usize];
@@ -124,8 +148,6 @@ impl Span {
 pub(crate) enum Found {
     /// Blocks that can be moved.
     Span(Span),
-    /// A run that has to stay, with the shard that borrows it.
-    Lent(BlockNr, BlockCount, InodeNr),
     /// No run in the rest of the blocks.
     Nothing,
 }
@@ -133,7 +155,6 @@ pub(crate) enum Found {
 /// The next runs that begin in `blocks`, as many as lie together, hold the same kind and fit one extent.
 pub(crate) fn next_span(batch: &Batch<'_>, blocks: &Range<u64>) -> Plan<Found> {
     let Some((start, run)) = next_run(batch, blocks.start, blocks.end)? else { return Ok(Found::Nothing) };
-    let first = run.blocks;
     let mut span = Span { start, kind: run.kind(), origins: Vec::new() };
     let mut next = Some(run);
     while let Some(run) = next {
@@ -151,11 +172,6 @@ pub(crate) fn next_span(batch: &Batch<'_>, blocks: &Range<u64>) -> Plan<Found> {
         };
         next = next_run(batch, end, blocks.end.min(end + 1))?.filter(fits).map(|(_, run)| run);
     }
-    let Some((lent, borrower)) = first_lent(batch, &span.range())? else { return Ok(Found::Span(span)) };
-    if lent <= start.get() {
-        return Ok(Found::Lent(start, first, borrower));
-    }
-    span.shorten(lent - start.get());
     Ok(Found::Span(span))
 }
 
@@ -176,17 +192,16 @@ fn next_run(batch: &Batch<'_>, from: u64, end: u64) -> Plan<Option<(BlockNr, Run
     Ok(None)
 }
 
-/// The first of `blocks` that is lent, and the object of its borrower.
-fn first_lent(batch: &Batch<'_>, blocks: &Range<u64>) -> Plan<Option<(u64, InodeNr)>> {
+/// The shards that any of `blocks` is lent to.
+pub(crate) fn borrowers(batch: &Batch<'_>, blocks: &Range<u64>) -> Plan<BTreeSet<ShardId>> {
     let mut next = Some(first_reference(blocks));
-    let mut first = None;
+    let mut borrowers = BTreeSet::new();
     while let Some(from) = next {
         let (found, rest) = references(batch, blocks, from)?;
-        let lent = found.iter().filter(|reference| reference.owner().is_none());
-        first = lent.map(|lent| (lent.start.get(), lent.object)).chain(first).min();
+        borrowers.extend(found.iter().filter_map(Reference::borrower));
         next = rest;
     }
-    Ok(first)
+    Ok(borrowers)
 }
 
 /// Where the search for references to `blocks` begins: extents may begin before them.
@@ -284,6 +299,14 @@ pub(crate) fn has_room(batch: &Batch<'_>) -> bool {
 
 /// Adds a reference to the destination of `part`, which lies at `place` of the span. Returns for how many blocks of it.
 fn refer(batch: &mut Batch<'_>, to: &mut Destination, place: u64, part: &Run) -> Plan<u64> {
+    if let Some(owner) = to.lender {
+        let (offset, start, checksums) = (0, block_at(to.start, place), part.checksums.clone());
+        return refer_to_lent(
+            batch,
+            &Piece { offset, start, generation: to.generation, checksums, owner },
+            has_room,
+        );
+    }
     let mut done = 0;
     while done < part.blocks.get() && has_room(batch) {
         let at = place + done;

@@ -14,13 +14,13 @@ use super::*;
 use crate::request::{AllocateMode, CloneRange, Cloned};
 use crate::types::BLOCK_SIZE;
 
-fn shape() -> Shape {
+pub(super) fn shape() -> Shape {
     let mount = MountOptions { commit_interval: Duration::from_millis(20), ..MountOptions::default() };
     Shape { seed: 9, shards: 3, reactors: 2, blocks: 64 * 1024, mount }
 }
 
 /// One directory on each of `shards` shards, in their order.
-async fn directories(volume: &Volume, shards: u8) -> Vec<InodeNr> {
+pub(super) async fn directories(volume: &Volume, shards: u8) -> Vec<InodeNr> {
     let mut found = vec![None; usize::from(shards)];
     for number in 0..200 {
         let made = create(volume, Volume::ROOT, &format!("d{number}"), NewInode::Directory).await.inode;
@@ -29,12 +29,18 @@ async fn directories(volume: &Volume, shards: u8) -> Vec<InodeNr> {
     found.into_iter().map(|directory| directory.expect("directories are spread")).collect()
 }
 
-async fn file(volume: &Volume, directory: InodeNr, name: &str) -> InodeNr {
+pub(super) async fn file(volume: &Volume, directory: InodeNr, name: &str) -> InodeNr {
     create(volume, directory, name, NewInode::Regular).await.inode
 }
 
 /// As in `clone.rs`: every block an extent of its own.
-async fn alternating(volume: &Volume, directory: InodeNr, name: &str, tag: u8, blocks: u64) -> InodeNr {
+pub(super) async fn alternating(
+    volume: &Volume,
+    directory: InodeNr,
+    name: &str,
+    tag: u8,
+    blocks: u64,
+) -> InodeNr {
     let inode = file(volume, directory, name).await;
     for first in 0..2 {
         for block in (first..blocks).step_by(2) {
@@ -45,14 +51,14 @@ async fn alternating(volume: &Volume, directory: InodeNr, name: &str, tag: u8, b
     inode
 }
 
-async fn unlink(volume: &Volume, parent: InodeNr, name: &str, inode: InodeNr) {
+pub(super) async fn unlink(volume: &Volume, parent: InodeNr, name: &str, inode: InodeNr) {
     let unlinked = volume.call(Request::Unlink { parent, name: name.as_bytes().into() }).await;
     assert_eq!(unlinked, Ok(Reply::Done));
     assert_eq!(volume.call(Request::Forget { inode, lookups: 1 }).await, Ok(Reply::Done));
 }
 
 /// Two epochs, after which what was freed is free.
-async fn settle(volume: &Volume, ctx: &Context) {
+pub(super) async fn settle(volume: &Volume, ctx: &Context) {
     for round in 0..4 {
         let name = format!("settle{round}");
         let inode = file(volume, Volume::ROOT, &name).await;
@@ -163,7 +169,7 @@ fn borrowed_blocks_are_cloned_on_and_come_home() {
     shape.mounted(&disk, 2, run).unwrap();
 }
 
-async fn directories_again(volume: &Volume) -> Vec<InodeNr> {
+pub(super) async fn directories_again(volume: &Volume) -> Vec<InodeNr> {
     let mut found = vec![None; 3];
     for number in 0..200 {
         let directory = lookup(volume, Volume::ROOT, &format!("d{number}")).await.unwrap().inode;

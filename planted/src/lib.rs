@@ -124,6 +124,23 @@ bugs! {
     /// What a truncation cuts off the last block comes back when the file grows.
     TruncationKeepsTail = "truncation-keeps-tail" in Filesystem;
 
+    /// Relocation turns references of a file that is being cloned: the clone is lent one place and refers to another.
+    RelocationWithoutMmapLock = "relocation-without-mmap-lock" in Filesystem;
+    /// A clone does not see writes to its source that were accepted before and are not applied yet.
+    CloneWithoutFence = "clone-without-fence" in Filesystem;
+    /// A clone shares what the device has, without what of its source is only in memory.
+    CloneOfDirtyRange = "clone-of-dirty-range" in Filesystem;
+    /// Stores through mappings get in between the comparison of a deduplication and its sharing.
+    ComparisonUnlocked = "comparison-unlocked" in Filesystem;
+    /// A page that is written to during its write-back counts as written back.
+    RewriteDuringWriteBackLost = "rewrite-during-write-back-lost" in Filesystem;
+    /// A truncation, or a deletion, does not wait for write-back.
+    TruncationDuringWriteBack = "truncation-during-write-back" in Filesystem;
+    /// A read does not keep its range locked.
+    ReadUnlocked = "read-unlocked" in Filesystem;
+    /// Borrowed blocks are given back while they are being borrowed again.
+    ReturnsWithoutTurn = "returns-without-turn" in Filesystem;
+
     /// A clone locks the range of its source, as btrfs's once did: reads of it wait for the whole clone.
     SourceRangeLocked = "source-range-locked" in Readers;
 

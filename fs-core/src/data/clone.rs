@@ -110,7 +110,7 @@ struct Progress {
 
 /// The locks of step 1. Fields are dropped in order: the reverse of how they were taken.
 struct CloneLocks {
-    _mmap: Vec<Guard<MmapClass>>,
+    mmap: Vec<Guard<MmapClass>>,
     _inodes: Vec<Guard<InodeClass>>,
     order: LockOrder,
 }
@@ -162,9 +162,14 @@ impl Shard {
         clone: &CloneRange,
         purpose: Purpose,
     ) -> Result<Option<Cloned>, FsError> {
-        let locks = self.lock_for_clone(source, target).await;
+        let mut locks = self.lock_for_clone(source, target).await;
+        if purpose == Purpose::Deduplicate && is_planted(Bug::ComparisonUnlocked) {
+            locks.mmap.clear();
+        }
         self.drain();
-        self.apply_pending(source, &locks.order, MmapLock::Held).await?;
+        if !is_planted(Bug::CloneWithoutFence) {
+            self.apply_pending(source, &locks.order, MmapLock::Held).await?;
+        }
         self.apply_pending(target, &locks.order, MmapLock::Held).await?;
         let source_size = self.visible_size(source.nr).await?;
         let Some(job) = self.plan_job(source_size, target, clone, purpose).await? else {
@@ -241,7 +246,7 @@ impl Shard {
         for inode in &both {
             mmap.push(inode.mmap_lock.exclusive(&mut order).await);
         }
-        CloneLocks { _mmap: mmap, _inodes: inodes, order }
+        CloneLocks { mmap, _inodes: inodes, order }
     }
 
     /// Checks the ranges against the files, which are locked; `None` if there is nothing to do.
@@ -290,14 +295,17 @@ impl Shard {
     ) -> Result<(RangeGuard, Option<RangeGuard>), FsError> {
         let source_range = job.source_range(&job.range);
         for _ in 0..FLUSH_ROUNDS {
-            self.flush_range(source, &source_range).await?;
+            let is_flushed = !is_planted(Bug::CloneOfDirtyRange);
+            if is_flushed {
+                self.flush_range(source, &source_range).await?;
+            }
             self.flush_range(target, &job.range).await?;
             let guard = target.ranges.exclusive(job.range.clone(), &mut order.clone()).await;
             if is_planted(Bug::SourceRangeLocked) && source.nr != target.nr {
                 let whole = source.ranges.exclusive(source_range.clone(), &mut LockOrder::new()).await;
                 return Ok((guard, Some(whole)));
             }
-            if source.is_settled(&source_range) && target.is_settled(&job.range) {
+            if (!is_flushed || source.is_settled(&source_range)) && target.is_settled(&job.range) {
                 return Ok((guard, None));
             }
         }

@@ -24,6 +24,7 @@ use crate::alloc::Reservation;
 use crate::error::FsError;
 use crate::format::items::InodeRecord;
 use crate::namespace::without_privileges;
+use crate::planted::{Bug, is_planted};
 use crate::request::{Attributes, KillPrivileges, WriteSource};
 use crate::shard::signal::Signal;
 use crate::types::BLOCK_SIZE;
@@ -253,7 +254,7 @@ impl FileData {
     /// Marks a page that is in memory as dirty; `false` if it was.
     fn mark_dirty(&mut self, index: u64) -> bool {
         let page = self.pages.get_mut(&index).expect("only pages in memory become dirty");
-        if page.dirty {
+        if page.dirty || (page.ordered && is_planted(Bug::RewriteDuringWriteBackLost)) {
             return false;
         }
         page.dirty = true;

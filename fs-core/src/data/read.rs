@@ -19,6 +19,7 @@ use std::rc::Rc;
 
 use crate::error::FsError;
 use crate::locks::LockOrder;
+use crate::planted::{Bug, is_planted};
 use crate::shard::{Inode, Shard};
 use crate::types::{BLOCK_SIZE, FileOffset, InodeNr};
 
@@ -70,7 +71,8 @@ impl Shard {
     ) -> Result<Vec<u8>, FsError> {
         let end = offset.saturating_add(length).min(MAX_FILE_SIZE);
         let lock = bytes_of(&pages_of(&(offset.min(end)..end)));
-        let _range = inode.ranges.shared(lock, &mut LockOrder::new()).await;
+        let lock = inode.ranges.shared(lock, &mut LockOrder::new()).await;
+        let _range = (!is_planted(Bug::ReadUnlocked)).then_some(lock);
         let stored = self.view(|batch| load_regular(batch, inode.nr)).await?.size;
         let end = end.min(inode.data.borrow().size(stored));
         if offset >= end {

@@ -41,6 +41,7 @@ use crate::error::FsError;
 use crate::format::extent::ExtentKind;
 use crate::format::node::Key;
 use crate::locks::{Guard, LockOrder, MmapClass, Mode, RangeGuard};
+use crate::planted::{Bug, is_planted};
 use crate::request::{GroupLease, RelocateStep, Relocated};
 use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, Generation, InodeNr, ShardId};
 
@@ -70,7 +71,7 @@ const ROUNDS: u32 = 64;
 /// The locks of a reference. Fields are dropped in order: the reverse of how they were taken.
 pub(crate) struct ReferenceLocks {
     _range: RangeGuard,
-    _mmap: Guard<MmapClass>,
+    _mmap: Option<Guard<MmapClass>>,
 }
 
 /// A span on its way.
@@ -353,7 +354,10 @@ impl Shard {
     /// Waits for the locks of a reference, in their order. `inode` is its file.
     pub(crate) async fn wait_for(inode: &Inode, reference: &Reference) -> ReferenceLocks {
         let mut order = LockOrder::new();
-        let mmap = inode.mmap_lock.shared(&mut order).await;
+        let mmap = match is_planted(Bug::RelocationWithoutMmapLock) {
+            true => None,
+            false => Some(inode.mmap_lock.shared(&mut order).await),
+        };
         let range = inode.ranges.exclusive(reference.bytes(), &mut order).await;
         ReferenceLocks { _range: range, _mmap: mmap }
     }
@@ -468,7 +472,10 @@ impl Shard {
 }
 
 fn try_lock(inode: &Inode, reference: &Reference, kind: ExtentKind) -> Option<ReferenceLocks> {
-    let mmap = inode.mmap_lock.try_lock(Mode::Shared)?;
+    let mmap = match is_planted(Bug::RelocationWithoutMmapLock) {
+        true => None,
+        false => Some(inode.mmap_lock.try_lock(Mode::Shared)?),
+    };
     let range = inode.ranges.try_lock(reference.bytes(), Mode::Exclusive)?;
     let locks = ReferenceLocks { _range: range, _mmap: mmap };
     (!is_written_to(inode, reference, kind)).then_some(locks)

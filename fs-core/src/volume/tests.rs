@@ -11,6 +11,7 @@ use crate::request::{Attributes, Caller, FileKind, NewInode, RenameMode};
 
 mod client;
 mod clone;
+mod clone_loop;
 mod crash;
 mod extents;
 mod faults;

@@ -84,6 +84,12 @@ const fn campaign(name: &'static str, arguments: &'static [&'static str]) -> Tri
     Trial { name, program: ("fs-core", "fs_core"), arguments, environment, ..FAULTS }
 }
 
+/// Many seeds, each of which takes no time: that relocation meets the one moment of a clone that counts is rare.
+const fn clone_loop() -> Trial {
+    let loops = campaign("clone loop", &["volume::tests::clone_loop"]);
+    Trial { environment: &[("POLLUX_SEEDS", "100")], ..loops }
+}
+
 const fn of_models(name: &'static str, package: &'static str) -> Trial {
     let arguments = &["loom_", "--skip", "caught"];
     Trial { name, build: Build::Models, program: (package, package), arguments, ..FAULTS }
@@ -100,6 +106,7 @@ fn trials(net: Net) -> Vec<Trial> {
         ],
         Net::Filesystem => vec![
             campaign("crashes", &["volume::tests::crash"]),
+            clone_loop(),
             campaign("simulation", &["volume::tests::simulate"]),
             campaign("faults", &["volume::tests::faults"]),
         ],

@@ -3,6 +3,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use super::clone_loop::clone_loop;
 use super::crash::{crash_random, crash_short, pairs, singles};
 use super::faults::flipped_bits;
 use super::simulate::simulate;
@@ -12,6 +13,9 @@ use ::planted::{Net, Planted};
 
 /// Seeds that each campaign may need to catch a bug.
 const SEEDS: u64 = 4;
+
+/// Seeds of the clone loop, of which many take no time.
+const LOOP_SEEDS: u64 = 40;
 
 /// Pairs of operations that the short campaign may need.
 const PAIRS: usize = 24;
@@ -32,6 +36,13 @@ fn failure(campaign: impl FnOnce() -> Result<(), Trouble>) -> Option<String> {
 fn caught_by() -> Option<(&'static str, String)> {
     let named = |name: &'static str| move |why: String| (name, why);
     let single = || failure(|| crash_short(singles()).map(|_| ())).map(named("single operations"));
+    let looped = |seed: u64| {
+        let looped = || {
+            clone_loop(seed);
+            Ok(())
+        };
+        failure(looped).map(named("the clone loop"))
+    };
     let of_seed = |seed: u64| {
         let simulated = || {
             simulate(seed);
@@ -43,7 +54,7 @@ fn caught_by() -> Option<(&'static str, String)> {
             .or_else(|| failure(|| flipped_bits(seed)).map(named("wrong bits")))
             .or_else(|| failure(|| crash_short(pairs(seed, PAIRS)).map(|_| ())).map(named("pairs")))
     };
-    single().or_else(|| (1..=SEEDS).find_map(of_seed))
+    single().or_else(|| (1..=LOOP_SEEDS).find_map(looped)).or_else(|| (1..=SEEDS).find_map(of_seed))
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! | `harness` | real daemons, real mounts, real programs (re-exported here) |
 //! | [`suite`] | the cases that run unchanged on every device, and those that bring a machine of their own |
 //! | [`guest`] | a QEMU guest with the real VFIO, and what must hold in it |
+//! | [`kill`] | loads for a daemon that is killed, and what must be there of them afterwards |
 //! | [`runner`] | a child process with a deadline for each case |
 //! | [`stream`] | a program that prints a line for each case, read as it runs |
 //! | [`tiers`] | which devices the suite runs on |
@@ -15,6 +16,7 @@
 
 pub mod guest;
 mod harness;
+pub mod kill;
 pub mod qemu;
 pub mod report;
 pub mod runner;

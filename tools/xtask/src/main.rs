@@ -15,6 +15,7 @@ mod conventions;
 mod direction;
 mod fuzz;
 mod hw_tests;
+mod kill;
 mod models;
 mod packages;
 mod planted;
@@ -49,6 +50,8 @@ enum Task {
     Bench(bench::BenchOptions),
     /// Run a fuzz target for a time, or one saved input
     Fuzz(fuzz::FuzzOptions),
+    /// kill -9 of the daemon under load, over and over
+    Kill(kill::KillOptions),
     /// Protocols between threads in every interleaving, and `unsafe` under Miri
     Models,
     /// Plant bugs one at a time, and see that each is caught
@@ -76,6 +79,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<Steps> {
         Task::HwTests(options) => hw_tests::run(&mut steps, options),
         Task::Bench(options) => bench::run(&mut steps, options),
         Task::Fuzz(options) => fuzz::run(&mut steps, options),
+        Task::Kill(options) => kill::run(&mut steps, options),
         Task::Models => models::run(&mut steps),
         Task::Planted(options) => planted::run(&mut steps, options),
         Task::Ci(options) => {

@@ -20,6 +20,8 @@ pub(crate) const PROGRAMS: &[Program] = &[
     Program { name: "diff", package: "diffutils" },
     Program { name: "setfattr", package: "attr" },
     Program { name: "pgbench", package: "postgresql" },
+    Program { name: "mkfs.btrfs", package: "btrfs-progs" },
+    Program { name: "mkfs.xfs", package: "xfsprogs" },
 ];
 
 /// Packages of programs that are missing.
@@ -83,6 +85,31 @@ pub(crate) fn why_no_mount() -> Option<String> {
         return Some("not root and no fusermount3: apt-get install fuse3".into());
     }
     None
+}
+
+/// Why this machine cannot mount btrfs and XFS from files, if so.
+pub(crate) fn why_no_loop() -> Option<String> {
+    if !is_root() {
+        return Some("not root: only root mounts loop devices".into());
+    }
+    if !Path::new("/dev/loop-control").exists() {
+        return Some(
+            "/dev/loop-control is missing: run `modprobe loop` (in a container: --privileged)".into(),
+        );
+    }
+    ["btrfs", "xfs"].into_iter().find(|name| !kernel_has(name)).map(|name| {
+        format!("the kernel has no {name}: run `modprobe {name}`, or install a kernel that has it")
+    })
+}
+
+/// Whether the kernel knows a file system, with its module loaded if need be.
+fn kernel_has(name: &str) -> bool {
+    let listed = || {
+        let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+        known.lines().any(|line| line.split_whitespace().last() == Some(name))
+    };
+    // Where there is no module to load, the list says so.
+    listed() || Command::new("modprobe").arg("--quiet").arg(name).status().is_ok_and(|_| listed())
 }
 
 fn is_root() -> bool {

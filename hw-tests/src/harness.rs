@@ -246,6 +246,17 @@ pub fn need(program: &str, package: &str) -> Result<()> {
     Ok(())
 }
 
+/// A program that is no Debian package, from where `cargo xtask test` installs it.
+pub fn tool(name: &str, version: &str) -> Result<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools");
+    let path = root.join("bin").join(name);
+    ensure!(
+        path.is_file(),
+        "{name} is missing: `cargo install --locked --root target/tools {name}@{version}`, or run `cargo xtask test`"
+    );
+    Ok(path)
+}
+
 /// A seeded generator (SplitMix64) for test data.
 pub struct Random(pub u64);
 

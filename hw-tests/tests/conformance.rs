@@ -2,22 +2,11 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use hw_tests::{Daemon, Scratch, fsck_clean, text};
-
-/// Where `cargo xtask test` installs programs that are no Debian packages.
-fn tool(name: &str, version: &str) -> Result<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools");
-    let path = root.join("bin").join(name);
-    ensure!(
-        path.is_file(),
-        "{name} is missing: `cargo install --locked --root target/tools {name}@{version}`, or run `cargo xtask test`"
-    );
-    Ok(path)
-}
+use hw_tests::{Daemon, Scratch, fsck_clean, text, tool};
 
 #[test]
 fn pjdfstest_passes() -> Result<()> {

@@ -9,12 +9,12 @@
 //! |---|---|---|
 //! | `POLLUX_KILL_ROUNDS` | how many rounds | 20 |
 //! | `POLLUX_KILL_SEED` | where randomness begins | 1 |
-//! | `POLLUX_KILL_LOAD` | `postgres`, `names` or `fio` | all in turn |
+//! | `POLLUX_KILL_LOAD` | `postgres`, `names`, `fio` or `fsx` | all in turn |
 //!
 //! A failure keeps the image as the kill left it, the journals and what the daemon said below `target/kill`. The seed repeats loads and
 //! moments, but not what threads make of them; the kept image repeats what it led to.
 //!
-//! Excludes: the loads and their checks (`hw_tests::kill`, `fio`).
+//! Excludes: the loads and their checks (`hw_tests::kill`, `fio`, `fsx`).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -29,6 +29,7 @@ use hw_tests::kill::{is_ready, names, pages};
 use hw_tests::{Daemon, Random, Scratch, fsck_clean, need, pollux, read_file, run, text};
 
 mod fio;
+mod fsx;
 
 /// Rounds on one volume.
 const VOLUME: u64 = 25;
@@ -47,16 +48,18 @@ enum Load {
     Postgres,
     Names,
     Fio,
+    Fsx,
 }
 
 impl Load {
-    const ALL: [Self; 3] = [Self::Postgres, Self::Names, Self::Fio];
+    const ALL: [Self; 4] = [Self::Postgres, Self::Names, Self::Fio, Self::Fsx];
 
     fn name(self) -> &'static str {
         match self {
             Self::Postgres => "postgres",
             Self::Names => "names",
             Self::Fio => "fio",
+            Self::Fsx => "fsx",
         }
     }
 }
@@ -68,7 +71,7 @@ struct Round {
     seed: u64,
     /// On the mount.
     root: PathBuf,
-    /// Off it: a file, or fio's directory.
+    /// Off it: a file, or a directory of fio's or fsx's.
     journal: PathBuf,
     /// What was there after the kill: a file's name, and what its bytes come to.
     found: BTreeMap<PathBuf, u64>,
@@ -80,13 +83,14 @@ impl Round {
         File::open(self.root.parent().context("a mount")?)?.sync_all()?;
         let mut command = match self.load {
             Load::Fio => fio::command(&self.journal, self.seed)?,
+            Load::Fsx => fsx::command(&self.journal, self.seed)?,
             Load::Postgres | Load::Names => {
                 let mut command = Command::new(env!("CARGO_BIN_EXE_kill-load"));
                 command.arg(self.load.name()).arg(&self.root).arg(&self.journal).arg(self.seed.to_string());
                 command
             }
         };
-        // fio works there, too: what it does after the daemon's end never goes to what is below the mount.
+        // fio and fsx work there, too: what they do after the daemon's end never goes to what is below the mount.
         command.current_dir(&self.root).stdin(Stdio::null());
         let said = File::create(self.said())?;
         command.stdout(said.try_clone()?).stderr(said).spawn().context("starting the load")
@@ -100,6 +104,7 @@ impl Round {
     fn has_begun(&self) -> bool {
         match self.load {
             Load::Fio => fio::has_begun(&self.root),
+            Load::Fsx => fsx::has_begun(&self.root),
             Load::Postgres | Load::Names => is_ready(&self.journal),
         }
     }
@@ -110,6 +115,7 @@ impl Round {
             Load::Postgres => pages::check(&self.root, &self.journal, self.seed),
             Load::Names => names::check(&self.root, &self.journal, self.seed),
             Load::Fio => fio::check(&self.root, &self.journal),
+            Load::Fsx => fsx::check(&self.root, &self.said(), self.seed),
         }
     }
 }
@@ -295,7 +301,9 @@ fn asked_for(name: &str, otherwise: u64) -> Result<u64> {
 fn loads() -> Result<Vec<Load>> {
     let Ok(name) = std::env::var("POLLUX_KILL_LOAD") else { return Ok(Load::ALL.to_vec()) };
     let load = Load::ALL.into_iter().find(|load| load.name() == name);
-    Ok(vec![load.with_context(|| format!("POLLUX_KILL_LOAD={name}: there are postgres, names and fio"))?])
+    Ok(vec![
+        load.with_context(|| format!("POLLUX_KILL_LOAD={name}: there are postgres, names, fio and fsx"))?,
+    ])
 }
 
 #[test]

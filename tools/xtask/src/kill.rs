@@ -8,7 +8,7 @@ use clap::Args;
 
 use crate::packages;
 use crate::steps::Steps;
-use crate::test::target_folder;
+use crate::test::{install_tools, target_folder};
 
 /// How often, and under what.
 #[derive(Args)]
@@ -24,7 +24,7 @@ pub(crate) struct KillOptions {
     /// Where randomness begins
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// The load: postgres, names or fio; all in turn unless it is given
+    /// The load: postgres, names, fio or fsx; all in turn unless it is given
     #[arg(long)]
     load: Option<String>,
 }
@@ -41,6 +41,7 @@ pub(crate) fn run(steps: &mut Steps, options: &KillOptions) {
     }
     let tools = ["build", "--quiet", "--locked", "--release", "--package", "pollux-tools", "--bins"];
     steps.cargo("release build", &tools);
+    install_tools(steps);
     let binaries = target_folder(steps).join("release");
     let (binaries, rounds, seed) =
         (binaries.to_string_lossy(), options.rounds.to_string(), options.seed.to_string());

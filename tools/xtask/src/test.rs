@@ -88,12 +88,17 @@ fn mount(steps: &mut Steps, runner: Runner) {
             "relay",
         ],
     );
+    install_tools(steps);
+    runner.mount(steps);
+}
+
+/// Test programs that are no Debian packages.
+pub(crate) fn install_tools(steps: &mut Steps) {
     let tools = steps.root().join("target/tools");
     for tool in INSTALLED_TOOLS {
         let arguments = ["install", "--quiet", "--locked", "--root", &tools.to_string_lossy(), tool];
         steps.cargo(&format!("install {tool}"), &arguments);
     }
-    runner.mount(steps);
 }
 
 /// Which program runs the tests.

@@ -111,3 +111,49 @@ fn extended(path: &Path) -> Result<String> {
     found.hash(&mut hasher);
     Ok(format!("attributes {:?} ({:x})", found.keys(), hasher.finish()))
 }
+
+#[test]
+fn trees_differ_by_contents_name_link_size_and_filled_hole() -> Result<()> {
+    use std::os::unix::fs::FileExt;
+
+    let folder = tempfile::tempdir()?;
+    let made = |name: &str, change: &dyn Fn(&Path) -> Result<()>| -> Result<Tree> {
+        let root = folder.path().join(name);
+        fs::create_dir(&root)?;
+        let file = File::create(root.join("file"))?;
+        file.write_all_at(&[7; 5_000], 3 << 20)?;
+        fs::write(root.join("other"), "x")?;
+        change(&root)?;
+        file.sync_all()?;
+        Tree::of(&root)
+    };
+    let plain = made("plain", &|_| Ok(()))?;
+    let [same, zeroes] = [
+        made("same", &|_| Ok(()))?,
+        made("zeroes", &|root| {
+            Ok(File::options().write(true).open(root.join("file"))?.write_all_at(&[0; 4096], 4096)?)
+        })?,
+    ];
+    plain.same_as(&same)?;
+    plain.has_holes_of(&[same])?;
+    plain.same_as(&zeroes)?;
+    plain.has_holes_of(&[zeroes])?;
+    let filled = made("filled", &|root| {
+        Ok(File::options().write(true).open(root.join("file"))?.write_all_at(&[0; 4096], 4096)?)
+    })?;
+    ensure!(filled.has_holes_of(&[plain]).is_err(), "a hole that was filled is not noticed");
+
+    let plain = made("again", &|_| Ok(()))?;
+    let changes: [(&str, &dyn Fn(&Path) -> Result<()>); 4] = [
+        ("byte", &|root| {
+            Ok(File::options().write(true).open(root.join("file"))?.write_all_at(&[8], 3 << 20)?)
+        }),
+        ("name", &|root| Ok(fs::write(root.join("third"), "")?)),
+        ("link", &|root| Ok(fs::hard_link(root.join("file"), root.join("linked"))?)),
+        ("size", &|root| Ok(File::options().write(true).open(root.join("file"))?.set_len(4 << 20)?)),
+    ];
+    for (name, change) in changes {
+        ensure!(plain.same_as(&made(name, change)?).is_err(), "{name} is not noticed");
+    }
+    Ok(())
+}

@@ -117,7 +117,9 @@ fn trees_differ_by_contents_name_link_size_and_filled_hole() -> Result<()> {
     use std::os::unix::fs::FileExt;
 
     let folder = tempfile::tempdir()?;
-    let made = |name: &str, change: &dyn Fn(&Path) -> Result<()>| -> Result<Tree> {
+    type Change<'a> = &'a dyn Fn(&Path) -> Result<()>;
+
+    let made = |name: &str, change: Change<'_>| -> Result<Tree> {
         let root = folder.path().join(name);
         fs::create_dir(&root)?;
         let file = File::create(root.join("file"))?;
@@ -144,7 +146,7 @@ fn trees_differ_by_contents_name_link_size_and_filled_hole() -> Result<()> {
     ensure!(filled.has_holes_of(&[plain]).is_err(), "a hole that was filled is not noticed");
 
     let plain = made("again", &|_| Ok(()))?;
-    let changes: [(&str, &dyn Fn(&Path) -> Result<()>); 4] = [
+    let changes: [(&str, Change<'_>); 4] = [
         ("byte", &|root| {
             Ok(File::options().write(true).open(root.join("file"))?.write_all_at(&[8], 3 << 20)?)
         }),

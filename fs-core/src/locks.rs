@@ -34,6 +34,8 @@ mod queue;
 #[cfg(test)]
 mod tests;
 
+#[cfg(test)]
+pub(crate) use queue::CONFLICTS;
 use queue::{Ticket, WaitQueue};
 
 /// How a lock is held.

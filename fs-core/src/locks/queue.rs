@@ -63,6 +63,12 @@ impl State {
     }
 }
 
+#[cfg(test)]
+thread_local! {
+    /// Requests of this thread that had to wait for another: campaigns tell how many they met.
+    pub(crate) static CONFLICTS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
 /// Requests for ranges of one object.
 #[derive(Default)]
 pub(super) struct WaitQueue {
@@ -75,6 +81,8 @@ impl WaitQueue {
         let mut state = self.state.borrow_mut();
         let blockers = state.requests.iter().filter(|request| request.conflicts(&range, mode)).count();
         let blockers = u32::try_from(blockers).expect("tasks, and so requests, are far fewer than 2^32");
+        #[cfg(test)]
+        CONFLICTS.with(|conflicts| conflicts.set(conflicts.get() + u64::from(blockers > 0)));
         let ticket = Ticket(state.next);
         state.next += 1;
         state.requests.push_back(Request { ticket, range, mode, blockers, waker: None });

@@ -9,6 +9,7 @@ use super::*;
 use crate::mkfs::{Force, FormatOptions, Owner, format};
 use crate::request::{Attributes, Caller, FileKind, NewInode, RenameMode};
 
+mod campaign;
 mod client;
 mod clone;
 mod clone_loop;
@@ -20,6 +21,7 @@ mod golden;
 mod history;
 mod lending;
 mod log;
+mod mixed;
 mod model;
 mod oracle;
 mod planted;
@@ -29,6 +31,7 @@ mod resize;
 mod scrub;
 mod shift;
 mod simulate;
+mod stats;
 mod unreplayed;
 mod world;
 

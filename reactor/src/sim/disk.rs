@@ -33,9 +33,6 @@ use crate::random::Random;
 
 use super::DiskImage;
 
-/// Unit in which a power cut tears writes.
-const SECTOR: usize = 512;
-
 /// What a [`SimDisk`] is like.
 #[derive(Clone, Debug)]
 pub struct SimDiskOptions {
@@ -95,6 +92,19 @@ pub enum Tearing {
     None,
     /// Any subset of its sectors of 512 bytes.
     Sectors,
+    /// Any subset of its blocks of 4 KiB.
+    Blocks,
+}
+
+impl Tearing {
+    /// Bytes that are kept or lost together, if less than a write.
+    fn unit(self) -> Option<usize> {
+        match self {
+            Self::None => None,
+            Self::Sectors => Some(512),
+            Self::Blocks => Some(4096),
+        }
+    }
 }
 
 /// A disk in memory. Clones are the same disk; each reactor drives a [queue](Self::queue) of its own.
@@ -328,20 +338,20 @@ impl Data {
         }
     }
 
-    fn store_torn(&self, image: &mut DiskImage, offset: u64, decide: &Random) {
+    fn store_torn(&self, image: &mut DiskImage, offset: u64, unit: usize, decide: &Random) {
         match self {
             Data::Bytes(bytes) => {
-                for (index, sector) in bytes.chunks(SECTOR).enumerate() {
+                for (index, part) in bytes.chunks(unit).enumerate() {
                     if decide.below(2) == 0 {
-                        image.write(offset + (index * SECTOR) as u64, sector);
+                        image.write(offset + (index * unit) as u64, part);
                     }
                 }
             }
             Data::Zeroes(len) => {
-                let sectors = len / SECTOR as u64;
-                // Large ranges are torn in two places rather than at every sector.
-                let (from, to) = (decide.below(sectors + 1), decide.below(sectors + 1));
-                let (from, to) = (from.min(to) * SECTOR as u64, from.max(to) * SECTOR as u64);
+                let parts = len / unit as u64;
+                // Large ranges are torn in two places rather than at every one.
+                let (from, to) = (decide.below(parts + 1), decide.below(parts + 1));
+                let (from, to) = (from.min(to) * unit as u64, from.max(to) * unit as u64);
                 image.zero(offset + from, to - from);
             }
         }
@@ -393,9 +403,9 @@ impl Medium {
                 CutPolicy::KeepAll => data.store(&mut image, offset),
                 CutPolicy::Select(kept) if kept.get(index) == Some(&true) => data.store(&mut image, offset),
                 CutPolicy::Select(_) => {}
-                CutPolicy::Random { tearing, .. } => match (decide.below(3), tearing) {
+                CutPolicy::Random { tearing, .. } => match (decide.below(3), tearing.unit()) {
                     (0, _) => {}
-                    (1, Tearing::Sectors) => data.store_torn(&mut image, offset, &decide),
+                    (1, Some(unit)) => data.store_torn(&mut image, offset, unit, &decide),
                     _ => data.store(&mut image, offset),
                 },
             }

@@ -10,6 +10,7 @@
 //! the list of planted bugs only).
 
 mod bench;
+mod campaign;
 mod check;
 mod conventions;
 mod direction;
@@ -50,6 +51,10 @@ enum Task {
     Bench(bench::BenchOptions),
     /// Run a fuzz target for a time, or one saved input
     Fuzz(fuzz::FuzzOptions),
+    /// Simulate: clients, tasks, faults, power cuts and remounts in virtual time
+    Sim(campaign::SimOptions),
+    /// Cut the power at every write of short workloads, and judge what is left
+    Crash(campaign::CrashOptions),
     /// kill -9 of the daemon under load, over and over
     Kill(kill::KillOptions),
     /// Protocols between threads in every interleaving, and `unsafe` under Miri
@@ -79,6 +84,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<Steps> {
         Task::HwTests(options) => hw_tests::run(&mut steps, options),
         Task::Bench(options) => bench::run(&mut steps, options),
         Task::Fuzz(options) => fuzz::run(&mut steps, options),
+        Task::Sim(options) => campaign::sim(&mut steps, options),
+        Task::Crash(options) => campaign::crash(&mut steps, options),
         Task::Kill(options) => kill::run(&mut steps, options),
         Task::Models => models::run(&mut steps),
         Task::Planted(options) => planted::run(&mut steps, options),

@@ -7,6 +7,7 @@
 //! | unit | tests of all crates but `hw-tests`, apart from those marked `#[ignore]` | nothing |
 //! | doc | documentation tests | nothing |
 //! | models | protocols between threads in every interleaving, `unsafe` under Miri | Miri: a nightly toolchain |
+//! | campaigns | 120 seeds of the simulation (`cargo xtask sim`) | nothing |
 //! | planted | bugs made on purpose, each of which a general test has to notice | nothing |
 //! | fuzz | each fuzz target for half a minute | coverage guidance: a C++ compiler |
 //! | mount | `hw-tests`, and all of `pollux-tools` with its `#[ignore]`d tests, on release builds of the programs: real mounts, real programs | `/dev/fuse`, root or fusermount3, Debian packages |
@@ -18,7 +19,7 @@
 use clap::Args;
 
 use crate::steps::{Steps, has_cargo_command};
-use crate::{fuzz, hw_tests, models, packages, planted};
+use crate::{campaign, fuzz, hw_tests, models, packages, planted};
 
 /// Every crate but the one whose tests all mount.
 const NOT_MOUNTING: &[&str] = &["--workspace", "--exclude", "hw-tests"];
@@ -46,6 +47,7 @@ pub(crate) fn run(steps: &mut Steps, options: &TestOptions) {
     runner.unit(steps);
     steps.cargo("doc tests", &["test", "--quiet", "--locked", "--workspace", "--doc"]);
     models::run(steps);
+    campaign::of_tests(steps);
     planted::run(steps, &planted::PlantedOptions::default());
     fuzz::run_all(steps);
     if options.no_mount {

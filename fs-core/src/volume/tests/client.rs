@@ -11,6 +11,7 @@ use reactor::WallTime;
 
 use super::history::{Clears, History};
 use super::model::{EXPLICIT_TIMES, Made, Model, NodeId, Op, TOP};
+use super::stats::count;
 use super::*;
 use crate::request::{
     AllocateMode, AttributeChange, Caller, CloneRange, FileKind, NewInode, RenameMode, SeekWhat,
@@ -158,6 +159,10 @@ impl Client {
         }
         let index = self.history.borrow_mut().begin(self.number, op, &after, clears(op));
         let actual = self.perform(op).await;
+        count("operations", kind(op));
+        if let Err(error) = &actual {
+            count("refused", error.to_string().split(':').next().unwrap_or_default());
+        }
         if let Err(error) = &actual
             && self.device_may_fail
             && is_device_failure(error)
@@ -785,6 +790,17 @@ pub(super) fn brief(op: &Op) -> String {
         }
         other => format!("{other:?}"),
     }
+}
+
+/// The kind of an operation, in a word.
+fn kind(op: &Op) -> String {
+    let text = match op {
+        Op::Allocate { mode, .. } => format!("{mode:?}"),
+        Op::Sync { scope, .. } => format!("Sync{scope:?}"),
+        Op::Write { .. } => "Write".to_owned(),
+        other => format!("{other:?}"),
+    };
+    text.split([' ', '{']).next().unwrap_or_default().to_lowercase()
 }
 
 /// An entry's name as text.

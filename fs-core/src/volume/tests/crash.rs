@@ -5,6 +5,10 @@
 //! the oracle, worked on, unmounted, and checked again; some also crash again while they are mounted.
 
 use std::cell::{Cell, RefCell};
+use std::collections::hash_map::{DefaultHasher, Entry};
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::rc::Rc;
 
 use reactor::sim::{DiskImage, SimDisk, Tearing};
@@ -41,7 +45,7 @@ const SEEDS: u64 = 2;
 /// Pairs of operations of an ordinary test run; `POLLUX_PAIRS` asks for more.
 const PAIRS: usize = 6;
 
-fn from_environment(name: &str, default: usize) -> usize {
+pub(super) fn from_environment(name: &str, default: usize) -> usize {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
@@ -50,6 +54,8 @@ struct CrashState {
     /// Which write it was, and what became of the unsettled ones.
     what: String,
     image: DiskImage,
+    /// Of the contents.
+    hash: u64,
     /// Moments at which the power could have gone so; the first and the last.
     marks: Vec<Mark>,
 }
@@ -57,18 +63,74 @@ struct CrashState {
 /// Collects crash states of a running disk.
 pub(super) struct Collector {
     states: RefCell<Vec<CrashState>>,
+    /// Where in the list an image is, by the hash of its contents.
+    known: RefCell<HashMap<u64, usize>>,
     pub(super) recording: Cell<bool>,
-    subsets: usize,
+    outcomes: Outcomes,
     seed: u64,
+}
+
+/// How much is tried at each crash.
+#[derive(Clone, Copy)]
+struct Outcomes {
+    /// Unsettled writes of which every subset is tried.
+    subsets: usize,
+    /// Random outcomes of each kind: whole writes, torn at 512 bytes, torn at 4 KiB.
+    random: u64,
+    /// Where there are more unsettled writes than `subsets`: every prefix, all but one, and only one, up to so many.
+    structured: usize,
+}
+
+impl Outcomes {
+    fn asked() -> Self {
+        Self {
+            subsets: from_environment("POLLUX_SUBSETS", SUBSETS),
+            random: from_environment("POLLUX_RANDOM", RANDOM_OUTCOMES as usize) as u64,
+            structured: from_environment("POLLUX_STRUCTURED", 0),
+        }
+    }
+
+    /// What is tried in a mount after a crash, whatever was asked for: there are many of these.
+    const SECOND: Self = Self { subsets: SUBSETS, random: RANDOM_OUTCOMES, structured: 0 };
+
+    /// What may become of `unsettled` writes at the write of this seed.
+    fn policies(self, unsettled: usize, seed: u64) -> Vec<CutPolicy> {
+        let mut policies = vec![CutPolicy::DropAll, CutPolicy::KeepAll];
+        let mut select = |keep: &dyn Fn(usize) -> bool| {
+            policies.push(CutPolicy::Select((0..unsettled).map(keep).collect()));
+        };
+        if unsettled <= self.subsets {
+            for bits in 1..1_usize << unsettled {
+                select(&|index| bits >> index & 1 == 1);
+            }
+        } else {
+            for at in 0..unsettled.min(self.structured) {
+                select(&|index| index < at);
+                select(&|index| index != at);
+                select(&|index| index == at);
+            }
+        }
+        for round in 0..self.random {
+            for tearing in [Tearing::None, Tearing::Sectors, Tearing::Blocks] {
+                policies.push(CutPolicy::Random { seed: seed ^ round, tearing });
+            }
+        }
+        policies
+    }
 }
 
 impl Collector {
     /// Watches `disk`, beside which `history` is made.
     pub(super) fn watch(disk: &SimDisk, history: &Rc<RefCell<History>>, seed: u64) -> Rc<Self> {
+        Self::watch_for(disk, history, seed, Outcomes::asked())
+    }
+
+    fn watch_for(disk: &SimDisk, history: &Rc<RefCell<History>>, seed: u64, outcomes: Outcomes) -> Rc<Self> {
         let collector = Rc::new(Self {
             states: RefCell::default(),
+            known: RefCell::default(),
             recording: Cell::new(false),
-            subsets: from_environment("POLLUX_SUBSETS", SUBSETS),
+            outcomes,
             seed,
         });
         let (own, history) = (Rc::clone(&collector), Rc::clone(history));
@@ -82,21 +144,12 @@ impl Collector {
 
     /// The states so far: which write it was, and what was left.
     pub(super) fn states(&self) -> Vec<(String, DiskImage)> {
-        self.states.take().into_iter().map(|state| (state.what, state.image)).collect()
+        self.take().into_iter().map(|state| (state.what, state.image)).collect()
     }
 
     fn collect(&self, disk: &SimDisk, mark: &Mark) {
         let unsettled = disk.unsettled_writes();
-        let mut policies = vec![CutPolicy::DropAll, CutPolicy::KeepAll];
-        if unsettled <= self.subsets {
-            let subset = |bits: usize| (0..unsettled).map(|index| bits >> index & 1 == 1).collect();
-            policies.extend((1..1_usize << unsettled).map(|bits| CutPolicy::Select(subset(bits))));
-        }
-        for round in 0..RANDOM_OUTCOMES {
-            let seed = self.seed ^ disk.write_count() << 20 ^ round;
-            policies.push(CutPolicy::Random { seed, tearing: Tearing::None });
-            policies.push(CutPolicy::Random { seed, tearing: Tearing::Sectors });
-        }
+        let policies = self.outcomes.policies(unsettled, self.seed ^ disk.write_count() << 20);
         for policy in policies {
             let what = format!("write {}, {policy:?} of {unsettled}", disk.write_count());
             self.keep(what, disk.image_after_cut(&policy), mark);
@@ -105,22 +158,51 @@ impl Collector {
 
     fn keep(&self, what: String, image: DiskImage, mark: &Mark) {
         let mut states = self.states.borrow_mut();
-        let known = states.iter_mut().rev().take(8).find(|state| state.image == image);
-        match known {
-            Some(state) => {
-                state.marks.truncate(1);
-                state.marks.push(mark.clone());
+        let hash = image.content_hash();
+        match self.known.borrow_mut().entry(hash) {
+            Entry::Occupied(known) => {
+                let marks = &mut states[*known.get()].marks;
+                marks.truncate(1);
+                marks.push(mark.clone());
             }
-            None => states.push(CrashState { what, image, marks: vec![mark.clone()] }),
+            Entry::Vacant(place) => {
+                place.insert(states.len());
+                states.push(CrashState { what, image, hash, marks: vec![mark.clone()] });
+            }
         }
+    }
+
+    fn take(&self) -> Vec<CrashState> {
+        self.known.take();
+        self.states.take()
     }
 }
 
 /// What a campaign went through.
-#[derive(Debug, Default)]
-struct Tally {
-    states: u64,
-    second: u64,
+#[derive(Default)]
+pub(super) struct Tally {
+    /// States judged.
+    pub(super) states: u64,
+    /// States of a crash in the mount after a crash.
+    pub(super) second: u64,
+    /// States by the hash of image and mark, across workloads.
+    pub(super) distinct: HashSet<u64>,
+}
+
+impl Tally {
+    fn note(&mut self, state: &CrashState) {
+        self.states += 1;
+        let mut hasher = DefaultHasher::new();
+        (state.hash, &state.marks[0]).hash(&mut hasher);
+        self.distinct.insert(hasher.finish());
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { states, second, distinct } = self;
+        write!(f, "{states} crash states, {} distinct; {second} of second crashes", distinct.len())
+    }
 }
 
 /// Judges every state.
@@ -134,19 +216,19 @@ fn judge_all(
     tally: &mut Tally,
 ) -> Result<(), Trouble> {
     for state in states {
-        tally.states += 1;
+        tally.note(&state);
         let number = tally.states;
         let crash_again = number % SECOND_CRASHES == 1;
         let work = if number.is_multiple_of(WORKED_ON) { Work::Go } else { Work::None };
         let told = |why: Trouble| Trouble(format!("{}: {}", state.what, why.0));
         let disk = shape.disk(state.image.clone());
         fsck(shape, &disk).map_err(told)?;
-        let collector = crash_again.then(|| Collector::watch(&disk, history, number));
+        let collector = crash_again.then(|| Collector::watch_for(&disk, history, number, Outcomes::SECOND));
         if let Some(collector) = &collector {
             collector.recording.set(true);
         }
         recover(shape, &disk, history, &state.marks, work).map_err(told)?;
-        for second in collector.map(|collector| collector.states.take()).into_iter().flatten() {
+        for second in collector.map(|collector| collector.take()).into_iter().flatten() {
             tally.second += 1;
             let disk = shape.disk(second.image);
             let recovered = recover(shape, &disk, history, &state.marks, Work::None);
@@ -193,7 +275,7 @@ fn recover(
 }
 
 /// The volume takes new work after a crash.
-async fn go_on(volume: &Volume) -> Result<(), FsError> {
+pub(super) async fn go_on(volume: &Volume) -> Result<(), FsError> {
     let file = create(volume, Volume::ROOT, "afterwards", NewInode::Regular).await;
     let data: Vec<u8> = (0..50_000_u32).map(|at| (at % 241) as u8).collect();
     super::client::write_all(volume, file.inode, 100, &data).await?;
@@ -209,10 +291,26 @@ pub(super) fn crash_random(seed: u64) -> Result<(), Trouble> {
     crash_of(seed, async |client: &mut Client| client.run(OPS).await)
 }
 
+/// The same, counted into `tally`.
+pub(super) fn crash_random_into(seed: u64, tally: &mut Tally) -> Result<(), Trouble> {
+    crash_into(seed, async |client: &mut Client| client.run(OPS).await, tally)
+}
+
 /// Workloads of clients that each run `script`.
 pub(super) fn crash_of(
     seed: u64,
     script: impl AsyncFn(&mut Client) -> Ending + 'static,
+) -> Result<(), Trouble> {
+    let mut tally = Tally::default();
+    crash_into(seed, script, &mut tally)?;
+    println!("seed {seed}: {tally}");
+    Ok(())
+}
+
+fn crash_into(
+    seed: u64,
+    script: impl AsyncFn(&mut Client) -> Ending + 'static,
+    tally: &mut Tally,
 ) -> Result<(), Trouble> {
     let shape = Shape::random(seed);
     let (disk, history) = prepared(&shape, CLIENTS);
@@ -220,10 +318,7 @@ pub(super) fn crash_of(
     let collector = Collector::watch(&disk, &history, seed);
     collector.recording.set(true);
     session(&shape, &disk, &history, 10, script);
-    let mut tally = Tally::default();
-    judge_all(&shape, &history, collector.states.take(), &mut tally)?;
-    println!("seed {seed}: {tally:?}");
-    Ok(())
+    judge_all(&shape, &history, collector.take(), tally)
 }
 
 fn make(parent: u32, name: &str, made: Made) -> Op {
@@ -318,30 +413,48 @@ pub(super) fn short_shape() -> Shape {
 /// # Errors
 /// The first outcome that is not legal.
 pub(super) fn crash_short(workloads: Vec<Vec<Op>>) -> Result<u64, Trouble> {
-    let shape = short_shape();
-    let image = prepared(&shape, 1).0.image();
+    let image = short_beginning();
     let mut tally = Tally::default();
     for ops in workloads {
-        let disk = shape.disk(image.clone());
-        let history = Rc::new(RefCell::new(super::world::empty_history(1)));
-        let collector = Collector::watch(&disk, &history, 3);
-        let names: Vec<String> = ops.iter().map(super::client::brief).collect();
-        let own = Rc::clone(&collector);
-        session(&shape, &disk, &history, 10, async move |client: &mut Client| {
-            for op in beginning() {
-                assert_eq!(client.step(&op).await, Ending::Finished);
-            }
-            own.recording.set(true);
-            for op in ops.clone() {
-                assert_eq!(client.step(&op).await, Ending::Finished);
-            }
-            Ending::Finished
-        });
-        let judged = judge_all(&shape, &history, collector.states.take(), &mut tally);
-        judged.map_err(|why| Trouble(format!("workload {names:?}: {}", why.0)))?;
+        crash_one(&image, ops, 3, &mut tally)?;
     }
-    println!("{tally:?}");
+    println!("{tally}");
     Ok(tally.states + tally.second)
+}
+
+/// The image that short workloads begin with.
+pub(super) fn short_beginning() -> DiskImage {
+    prepared(&short_shape(), 1).0.image()
+}
+
+/// Runs one workload from that beginning, with a crash at every write.
+///
+/// # Errors
+/// The first outcome that is not legal.
+pub(super) fn crash_one(
+    image: &DiskImage,
+    ops: Vec<Op>,
+    seed: u64,
+    tally: &mut Tally,
+) -> Result<(), Trouble> {
+    let shape = short_shape();
+    let disk = shape.disk(image.clone());
+    let history = Rc::new(RefCell::new(super::world::empty_history(1)));
+    let collector = Collector::watch(&disk, &history, seed);
+    let names: Vec<String> = ops.iter().map(super::client::brief).collect();
+    let own = Rc::clone(&collector);
+    session(&shape, &disk, &history, 10, async move |client: &mut Client| {
+        for op in beginning() {
+            assert_eq!(client.step(&op).await, Ending::Finished);
+        }
+        own.recording.set(true);
+        for op in ops.clone() {
+            assert_eq!(client.step(&op).await, Ending::Finished);
+        }
+        Ending::Finished
+    });
+    let judged = judge_all(&shape, &history, collector.take(), tally);
+    judged.map_err(|why| Trouble(format!("workload {names:?}: {}", why.0)))
 }
 
 /// Every single operation, by itself and before an fsync that has nothing to do with it.

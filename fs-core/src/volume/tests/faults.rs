@@ -62,7 +62,11 @@ fn failed_writes_are_reported_by_sync_and_nothing_durable_is_lost() {
     }
 }
 
-fn judge_now(shape: &Shape, disk: &SimDisk, history: &Rc<RefCell<History>>) -> Result<(), Trouble> {
+pub(super) fn judge_now(
+    shape: &Shape,
+    disk: &SimDisk,
+    history: &Rc<RefCell<History>>,
+) -> Result<(), Trouble> {
     fsck(shape, disk)?;
     let history = history.borrow();
     let history: &History = &history;

@@ -33,7 +33,7 @@ pub(super) struct Version {
 }
 
 /// What of a client's history is durable.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Hash)]
 struct Floor {
     /// Names and attributes as of this version.
     names: usize,
@@ -54,7 +54,7 @@ struct Track {
 }
 
 /// What of a client's history a crash meets.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 struct MarkOfClient {
     /// Versions begun, the first included.
     versions: usize,
@@ -63,7 +63,7 @@ struct MarkOfClient {
 }
 
 /// A moment.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) struct Mark(Vec<MarkOfClient>);
 
 /// See the module documentation.
@@ -93,6 +93,19 @@ impl History {
             history.tracks.push(track);
         }
         history
+    }
+
+    /// What each client did, one operation a line.
+    pub(super) fn told(&self) -> Vec<String> {
+        let told = |(number, track): (usize, &Track)| {
+            let lines = track.versions.iter().enumerate().skip(1);
+            let line = |(at, version): (usize, &Version)| {
+                let ended = if version.ended.is_some() { "" } else { " (not acknowledged)" };
+                format!("  client {number}, {at}: {}{ended}\n", version.op)
+            };
+            lines.map(line).collect()
+        };
+        self.tracks.iter().enumerate().map(told).collect()
     }
 
     pub(super) fn clients(&self) -> usize {

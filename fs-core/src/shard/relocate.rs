@@ -45,7 +45,7 @@ use crate::planted::{Bug, is_planted};
 use crate::request::{GroupLease, RelocateStep, Relocated};
 use crate::types::{BLOCK_SIZE, BlockCount, BlockNr, Generation, InodeNr, ShardId};
 
-use super::transact::{Credit, TransactionSpace};
+use super::transact::{Credit, Loader, TransactionSpace};
 use super::{Inode, Shard};
 
 pub(crate) mod lent;
@@ -454,6 +454,7 @@ impl Shard {
     /// Gives the nodes on the way to `key` new places. Returns how many have left `blocks`.
     async fn copy_path(&self, key: &Key, blocks: &Range<u64>) -> Result<u64, FsError> {
         let mut reservation = self.reserve(0, self.nodes_for(1), Priority::Reserve).await?;
+        let mut loader = Loader::new(self);
         loop {
             self.volume.check_writable()?;
             let epoch = self.enter_epoch().await;
@@ -465,7 +466,7 @@ impl Shard {
                     self.volume.note_commit(self.id, epoch);
                     return Ok(left.max(1));
                 }
-                Err(missing) => self.load(missing).await?,
+                Err(missing) => loader.load(missing).await?,
             }
         }
     }

@@ -49,17 +49,17 @@ const _: () = assert!((MAX_ITEMS as usize) < INNER_CAPACITY / 2);
 const MISSES_BEFORE_HOLD: u32 = 16;
 
 /// Loads what a plan misses.
-struct Loader<'a> {
+pub(super) struct Loader<'a> {
     shard: &'a Shard,
     misses: u32,
 }
 
 impl<'a> Loader<'a> {
-    fn new(shard: &'a Shard) -> Self {
+    pub(super) fn new(shard: &'a Shard) -> Self {
         Self { shard, misses: 0 }
     }
 
-    async fn load(&mut self, missing: Missing) -> Result<(), FsError> {
+    pub(super) async fn load(&mut self, missing: Missing) -> Result<(), FsError> {
         self.misses += 1;
         if self.misses == MISSES_BEFORE_HOLD {
             self.shard.begin_node_hold();
@@ -372,7 +372,7 @@ impl Shard {
     }
 
     /// Brings a node that a plan misses into memory.
-    pub(crate) async fn load(&self, missing: Missing) -> Result<(), FsError> {
+    async fn load(&self, missing: Missing) -> Result<(), FsError> {
         let address = missing.address();
         let image = self.read_node(address).await?;
         let supplied = self.tree.borrow().supply(missing, image);

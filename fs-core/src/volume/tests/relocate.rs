@@ -13,7 +13,7 @@ use super::model::{Op, TOP};
 use super::world::{SeedNote, Shape, fsck, prepared, seeds, session};
 use super::*;
 use crate::relocate::{RelocateError, RelocateProgress, RelocateScope};
-use crate::request::{AllocateMode, CloneRange, GroupFigures};
+use crate::request::{AllocateMode, AttributeChange, CloneRange, GroupFigures};
 use crate::types::BLOCK_SIZE;
 
 /// Seeds of an ordinary test run.
@@ -112,6 +112,43 @@ fn emptied_group_is_free_and_files_and_their_sharing_stay() {
         volume.unmount().await.unwrap();
     };
     shape.mounted(&disk, 2, run).unwrap();
+}
+
+/// A relocation once loaded the same leaf for ever: changed nodes had all of the tree's memory, so it was dropped each time.
+#[test]
+fn nodes_are_relocated_with_no_memory_left_for_any() {
+    let mount =
+        MountOptions { tree_memory: 4 << 14, commit_interval: Duration::from_secs(3600), ..shape().mount };
+    let shape = Shape { mount, ..shape() };
+    let disk = shape.formatted();
+    let run = async |_: &Context, volume: &Volume| {
+        let mut files = Vec::new();
+        for number in 0..3000 {
+            files
+                .push(create(volume, Volume::ROOT, &format!("file {number}"), NewInode::Regular).await.inode);
+        }
+        volume.shared.checkpoint_now().await.unwrap();
+        let used: Vec<GroupFigures> =
+            groups(volume, 0).await.into_iter().filter(|group| group.in_use() > 0).collect();
+        for inode in &files[..2000] {
+            let change = AttributeChange { permissions: Some(0o600), ..AttributeChange::default() };
+            let request = Request::SetAttributes { inode: *inode, change };
+            assert!(matches!(volume.call(request).await, Ok(Reply::Attributes(_))));
+        }
+        let (shard, lease) = (ShardId::FIRST, crate::request::GroupLease::default());
+        let step = crate::request::RelocateStep::Nodes(crate::format::node::Key::MIN);
+        let mut nodes = 0;
+        for GroupFigures { group, .. } in used {
+            let request = Request::Relocate { shard, group, step, lease: lease.clone() };
+            let Ok(Reply::Relocated(done)) = volume.call(request).await else { panic!("group {group}") };
+            nodes += done.nodes;
+        }
+        assert!(nodes > 10, "{nodes}");
+        drop(lease);
+        volume.unmount().await.unwrap();
+    };
+    shape.mounted(&disk, 1, run).unwrap();
+    fsck(&shape, &disk).unwrap();
 }
 
 #[test]
@@ -338,7 +375,7 @@ async fn beside_relocation(client: &mut Client, ops: usize, times: u32, moved: &
 }
 
 /// Clients beside a relocation; returns the blocks that it moved.
-fn relocating(seed: u64) -> u64 {
+pub(super) fn relocating(seed: u64) -> u64 {
     let shape = Shape::random(seed);
     let (disk, history) = prepared(&shape, 3);
     let history = Rc::new(std::cell::RefCell::new(history));

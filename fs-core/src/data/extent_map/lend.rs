@@ -131,6 +131,8 @@ enum Holding {
     Run(BlockNr, Run, Range<u64>),
     /// A return that has not ended.
     Return,
+    /// Either, but of another generation.
+    Other,
     /// Nothing.
     Nothing,
 }
@@ -144,8 +146,7 @@ fn holding(batch: &Batch<'_>, piece: &Piece, position: u64) -> Plan<(Holding, u6
         let first = at.get() - start.get();
         let count = rest.min(run.blocks.get() - first);
         if run.generation != piece.generation {
-            let inode = lent_to(piece.owner);
-            return Err(damaged("borrowed run and its lender's differ in generation", at, inode).into());
+            return Ok((Holding::Other, position + count));
         }
         return Ok((Holding::Run(start, run, first..first + count), position + count));
     }
@@ -153,7 +154,8 @@ fn holding(batch: &Batch<'_>, piece: &Piece, position: u64) -> Plan<(Holding, u6
     Ok(match returned {
         Some((start, back)) if start <= at => {
             let count = start.get() + back.blocks.get() - at.get();
-            (Holding::Return, position + before_run.min(count))
+            let is_same = back.generation == piece.generation;
+            (if is_same { Holding::Return } else { Holding::Other }, position + before_run.min(count))
         }
         Some((start, _)) => (Holding::Nothing, position + before_run.min(start.get() - at.get())),
         None => (Holding::Nothing, position + before_run),
@@ -175,8 +177,10 @@ pub(crate) fn survey(batch: &Batch<'_>, piece: &Piece, limit: usize) -> Plan<Sur
     let mut survey = Survey { lacking: Vec::new(), parts: 0, end: 0 };
     while survey.end < piece.blocks() && survey.parts < limit {
         let (holding, end) = holding(batch, piece, survey.end)?;
-        if matches!(holding, Holding::Nothing) {
-            survey.lacking.push(survey.end..end);
+        match holding {
+            Holding::Nothing => survey.lacking.push(survey.end..end),
+            Holding::Other => return Err(not_as_lent(piece, survey.end).into()),
+            Holding::Run(..) | Holding::Return => {}
         }
         survey.parts += 1;
         survey.end = end;
@@ -200,6 +204,7 @@ pub(crate) fn borrow(batch: &mut Batch<'_>, inode: InodeNr, offset: u64, piece: 
                 end_return(batch, piece.owner, (start, end - position))?;
                 put_borrowed_run(batch, piece, position..end);
             }
+            Holding::Other => return Err(not_as_lent(piece, position).into()),
             Holding::Nothing => put_borrowed_run(batch, piece, position..end),
         }
         position = end;
@@ -208,6 +213,12 @@ pub(crate) fn borrow(batch: &mut Batch<'_>, inode: InodeNr, offset: u64, piece: 
     let extent = Extent { kind: ExtentKind::Data, start, blocks, generation: piece.generation };
     put_reference(batch, inode, offset, &extent);
     Ok(())
+}
+
+/// Who borrows has his turn, so what he has must be what its owner says.
+fn not_as_lent(piece: &Piece, position: u64) -> FsError {
+    let at = block_at(piece.start, position);
+    damaged("what is borrowed and what its lender has differ in generation", at, lent_to(piece.owner))
 }
 
 fn put_borrowed_run(batch: &mut Batch<'_>, piece: &Piece, range: Range<u64>) {
@@ -250,12 +261,12 @@ impl CopyPiece {
     }
 }
 
-/// Those of `blocks` that are not lent to `borrower`, and where they come from. Left out is what is neither fresh nor
-/// lent to anybody: nothing keeps such blocks where they are.
+/// Those of `blocks`, a copy of this generation, that are not lent to `borrower`, and where they come from. Left out is what is neither
+/// fresh nor lent to anybody: nothing keeps such blocks where they are. By now they may be lent as something else.
 pub(crate) fn copies_lacking(
     batch: &Batch<'_>,
     borrower: ShardId,
-    blocks: &Range<u64>,
+    (blocks, generation): (&Range<u64>, Generation),
     is_fresh: impl Fn(u64) -> bool,
 ) -> Plan<Vec<(Range<u64>, CopySource)>> {
     let mut lent: Vec<(ShardId, Range<u64>)> = Vec::new();
@@ -275,12 +286,20 @@ pub(crate) fn copies_lacking(
     let mut found: Vec<(Range<u64>, CopySource)> = Vec::new();
     for block in blocks.clone() {
         let Some(source) = source_of(block) else { continue };
+        if source != CopySource::Fresh && !is_of_generation(batch, BlockNr::new(block), generation)? {
+            continue;
+        }
         match found.last_mut() {
             Some((range, last)) if range.end == block && *last == source => range.end += 1,
             _ => found.push((block..block + 1, source)),
         }
     }
     Ok(found)
+}
+
+/// Whether the run that has `block` is of this generation.
+fn is_of_generation(batch: &Batch<'_>, block: BlockNr, generation: Generation) -> Plan<bool> {
+    Ok(run_covering(batch, block)?.is_some_and(|(_, run)| run.generation == generation))
 }
 
 /// Lends blocks of a copy to `borrower`, which has none of them.
@@ -325,7 +344,8 @@ pub(crate) fn receive(batch: &mut Batch<'_>, lender: ShardId, blocks: Blocks, ge
     batch.note_return();
 }
 
-/// Adds a reference to borrowed blocks, from the first on as long as they are there and `has_room`. Returns to how many.
+/// Adds a reference to borrowed blocks, from the first on as long as they are there and `has_room`. Returns to how many. They may
+/// have been given back since they were lent, and borrowed anew as something else.
 pub(super) fn refer_to_lent(
     batch: &mut Batch<'_>,
     piece: &Piece,
@@ -340,7 +360,7 @@ pub(super) fn refer_to_lent(
                 end_return(batch, piece.owner, (block_at(piece.start, position), end - position))?;
                 put_borrowed_run(batch, piece, position..end);
             }
-            Holding::Nothing => break,
+            Holding::Other | Holding::Nothing => break,
         }
         position = end;
     }

@@ -362,3 +362,33 @@ fn run_of_another_generation_is_damage() {
     let outcome = data_segments(&batch, FILES[0], 0..BLOCK_SIZE);
     assert!(matches!(outcome, Err(Interrupt::Failed(FsError::Damaged { .. }))));
 }
+
+/// Blocks of a copy came home, were used for something else, and that was lent: they are no part of the copy any more. A
+/// relocation took them for it, and the volume became read-only.
+#[test]
+fn blocks_that_are_lent_as_something_else_are_no_copy() {
+    use super::lend::{CopyPiece, CopySource, Piece, copies_lacking, lend_copy, receive, refer_to_lent};
+    let [lender, holder, borrower] = [0, 1, 2].map(|number| ShardId::new(number).unwrap());
+    let (start, now, then) = (BlockNr::new(5000), Generation::new(9), Generation::new(4));
+    let mut bench = Bench::new();
+    let checksums = vec![1, 2, 3];
+    let piece = CopyPiece { start, generation: now, checksums: checksums.clone(), source: CopySource::Fresh };
+    bench.commit(|batch| lend_copy(batch, holder, &piece));
+    let copy = 5000..5003;
+    let lacking = |generation| {
+        move |batch: &mut Batch<'_>| copies_lacking(batch, borrower, (&(5000..5003), generation), |_| false)
+    };
+    assert_eq!(bench.commit(lacking(now)), [(copy, CopySource::LentTo(holder))]);
+    assert_eq!(bench.commit(lacking(then)), []);
+
+    // The borrower's side: a return of these blocks, then a run.
+    let mut bench = Bench::new();
+    let of = |generation| Piece { offset: 0, start, generation, checksums: checksums.clone(), owner: lender };
+    bench.commit(|batch| {
+        receive(batch, lender, (start, 3), now);
+        Ok(())
+    });
+    assert_eq!(bench.commit(|batch| refer_to_lent(batch, &of(then), |_| true)), 0);
+    assert_eq!(bench.commit(|batch| refer_to_lent(batch, &of(now), |_| true)), 3);
+    assert_eq!(bench.commit(|batch| refer_to_lent(batch, &of(then), |_| true)), 0);
+}

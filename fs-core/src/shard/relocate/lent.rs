@@ -209,7 +209,8 @@ impl Shard {
         }
         let copy = to.start.get()..to.start.get() + span.blocks();
         let is_fresh = |block: u64| to.fresh[(block - copy.start) as usize];
-        let lacking = || self.view(|batch| copies_lacking(batch, round.borrower, &copy, is_fresh));
+        let lacking =
+            || self.view(|batch| copies_lacking(batch, round.borrower, (&copy, to.generation), is_fresh));
         let holders: BTreeSet<ShardId> = lacking()
             .await?
             .into_iter()

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::client::Rng;
+use super::clone_loop::clone_loop;
 use super::crash::{Tally, crash_one, crash_random_into, from_environment, pairs, short_beginning, singles};
 use super::history::History;
 use super::mixed::{Size, State, beginning, mixed};
@@ -189,6 +190,14 @@ fn simulation() {
     let (work, failure) = Work::run(seeds, |index| {
         let seed = first + index;
         let state = run_seed(seed, &size).map_err(|why| describe(seed, size.clone(), &why))?;
+        if std::env::var_os("POLLUX_SIZE").is_none() {
+            let looped = caught(|| Ok(clone_loop(seed)));
+            let references = looped.map_err(|why| {
+                format!("seed {seed} of the clone loop: {why}\nrepeat with: cargo xtask sim --seeds 1 --seed {seed}")
+            })?;
+            stats::count("clone loop", "seeds");
+            stats::add("clone loop", "references relocated", references);
+        }
         if verbose {
             println!("seed {seed}: state {:016x}", state.hash);
         }

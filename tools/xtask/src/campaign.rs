@@ -14,8 +14,11 @@ use clap::Args;
 
 use crate::steps::{Steps, cargo};
 
-/// Seeds of `cargo xtask test`.
-const SEEDS_OF_TESTS: u64 = 120;
+/// Seeds that `cargo xtask test` runs.
+const SEEDS_OF_TESTS: u64 = 200;
+
+/// Distinct crash states that it judges; with those of second crashes they are more than 100,000.
+const STATES_OF_TESTS: u64 = 55_000;
 
 /// How much of the simulation.
 #[derive(Args)]
@@ -126,10 +129,22 @@ pub(crate) fn crash(steps: &mut Steps, options: &CrashOptions) {
     run(steps, "crash states", "crashes", &environment);
 }
 
-/// What `cargo xtask test` runs: of crashes, the ordinary tests do some.
+/// What `cargo xtask test` runs: every pair of operations, less deeply than a campaign, then concurrent clients.
 pub(crate) fn of_tests(steps: &mut Steps) {
     let (seed, seconds) = (1, None);
     sim(steps, &SimOptions { seeds: SEEDS_OF_TESTS, seed, seconds, size: None, verbose: false });
+    let options = CrashOptions {
+        ops: 2,
+        shard: Part { index: 0, of: 1 },
+        seed,
+        seconds,
+        workload: None,
+        states: Some(STATES_OF_TESTS),
+        subsets: 4,
+        random: 2,
+        structured: 4,
+    };
+    crash(steps, &options);
 }
 
 fn run(steps: &mut Steps, name: &str, test: &str, environment: &[(&str, String)]) {

@@ -7,7 +7,7 @@
 //! | unit | tests of all crates but `hw-tests`, apart from those marked `#[ignore]` | nothing |
 //! | doc | documentation tests | nothing |
 //! | models | protocols between threads in every interleaving, `unsafe` under Miri | Miri: a nightly toolchain |
-//! | campaigns | 120 seeds of the simulation (`cargo xtask sim`) | nothing |
+//! | campaigns | 200 seeds of the simulation (`cargo xtask sim`), 100,000 crash states (`cargo xtask crash`) | nothing |
 //! | planted | bugs made on purpose, each of which a general test has to notice | nothing |
 //! | fuzz | each fuzz target for half a minute | coverage guidance: a C++ compiler |
 //! | mount | `hw-tests`, and all of `pollux-tools` with its `#[ignore]`d tests, on release builds of the programs: real mounts, real programs | `/dev/fuse`, root or fusermount3, Debian packages |

@@ -1,6 +1,6 @@
 //! Relocation: what moves, what stays the same meanwhile and afterwards, and what a crash in the middle leaves.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ops::ControlFlow;
 use std::rc::Rc;
 
@@ -8,7 +8,7 @@ use futures_util::future::join;
 
 use super::client::{Client, Ending};
 use super::clone::{clone, pattern, patterns, space, sync_file, whole};
-use super::crash::crash_of;
+use super::crash::{Collector, crash_of};
 use super::model::{Op, TOP};
 use super::world::{SeedNote, Shape, fsck, prepared, seeds, session};
 use super::*;
@@ -328,6 +328,113 @@ fn log_without_another_place_in_one_piece_stays_and_is_named() {
         let named = report.left.iter().filter(|why| why.contains(&format!("group {group}: blocks"))).count();
         assert!(named > 0 && report.left[0].contains("the intent log"), "{report:?}");
         assert_eq!(log(volume), before);
+        volume.unmount().await.unwrap();
+    };
+    shape.mounted(&disk, 1, run).unwrap();
+    fsck(&shape, &disk).unwrap();
+}
+
+#[test]
+fn every_write_may_be_the_last_while_the_intent_log_moves() {
+    let shape = shape();
+    let (disk, history) = prepared(&shape, 0);
+    let history = Rc::new(RefCell::new(history));
+    let collector = Collector::watch(&disk, &history, 7);
+    let own = Rc::clone(&collector);
+    let run = async |_: &Context, volume: &Volume| {
+        let file = alternating(volume, "file", 3, 40).await;
+        sync(volume).await;
+        let before = log(volume);
+        own.recording.set(true);
+        for segment in &before {
+            volume.relocate(RelocateScope::Group(segment / 4096), go_on).await.unwrap();
+            // By the log, in its new place.
+            write(volume, file, 0, &pattern(3, 0)).await;
+            sync_file(volume, file).await;
+        }
+        own.recording.set(false);
+        let after = log(volume);
+        assert!(before.iter().all(|segment| !after.contains(segment)), "{before:?} {after:?}");
+        volume.unmount().await.unwrap();
+    };
+    shape.mounted(&disk, 1, run).unwrap();
+    let states = collector.states();
+    assert!(states.len() > 20, "{} states", states.len());
+    for (what, image) in states {
+        let disk = shape.disk(image);
+        fsck(&shape, &disk).unwrap_or_else(|why| panic!("{what}: {why}"));
+        let run = async |_: &Context, volume: &Volume| {
+            let inode = lookup(volume, Volume::ROOT, "file").await.unwrap().inode;
+            assert_eq!(read(volume, inode, 0, 1 << 20).await, patterns(3, 40), "{what}");
+            write(volume, inode, 0, &pattern(4, 0)).await;
+            sync_file(volume, inode).await;
+            volume.unmount().await.unwrap();
+        };
+        shape.mounted(&disk, 2, run).unwrap();
+        fsck(&shape, &disk).unwrap_or_else(|why| panic!("{what}, worked on: {why}"));
+    }
+}
+
+/// Files of [`FULL_BLOCKS`] until there is no space, and one of single blocks for the rest; returns how many.
+async fn fill(volume: &Volume) -> u8 {
+    let rest = create(volume, Volume::ROOT, "rest", NewInode::Regular).await.inode;
+    let mut files = 0;
+    loop {
+        let name = format!("full {files}");
+        let inode = create(volume, Volume::ROOT, &name, NewInode::Regular).await.inode;
+        let written = super::client::write_all(volume, inode, 0, &patterns(files, FULL_BLOCKS)).await;
+        if written == Ok(()) {
+            files += 1;
+            continue;
+        }
+        assert_eq!(written, Err(FsError::NoSpace));
+        let name = name.into_bytes().into();
+        assert_eq!(volume.call(Request::Unlink { parent: Volume::ROOT, name }).await, Ok(Reply::Done));
+        assert_eq!(volume.call(Request::Forget { inode, lookups: 1 }).await, Ok(Reply::Done));
+        let mut block = 0;
+        while super::client::write_all(volume, rest, block * BLOCK_SIZE, &pattern(7, block)).await.is_ok() {
+            block += 1;
+        }
+        return files;
+    }
+}
+
+/// Blocks of a file of [`fill`].
+const FULL_BLOCKS: u64 = 160;
+
+async fn check_full(volume: &Volume, files: impl Iterator<Item = u8>) {
+    for number in files {
+        let inode = lookup(volume, Volume::ROOT, &format!("full {number}")).await.unwrap().inode;
+        assert_eq!(read(volume, inode, 0, 1 << 22).await, patterns(number, FULL_BLOCKS), "file {number}");
+        volume.call(Request::Forget { inode, lookups: 1 }).await.unwrap();
+    }
+}
+
+#[test]
+fn full_volume_is_relocated_as_far_as_it_goes_and_says_what_is_missing() {
+    let shape = Shape { blocks: 20 * 1024, ..shape() };
+    let disk = shape.formatted();
+    let run = async |_: &Context, volume: &Volume| {
+        let files = fill(volume).await;
+        sync(volume).await;
+        let relocated = volume.relocate(RelocateScope::All, go_on).await;
+        let refused = matches!(&relocated, Err(RelocateError::NoSpace { blocks, .. }) if *blocks > 0);
+        assert!(refused || matches!(&relocated, Ok(report) if report.groups_left > 0), "{relocated:?}");
+        check_full(volume, 0..files).await;
+        // It has not used up what deleting needs.
+        for number in (0..files).step_by(3) {
+            let name = format!("full {number}");
+            let inode = lookup(volume, Volume::ROOT, &name).await.unwrap().inode;
+            let name = name.into_bytes().into();
+            assert_eq!(volume.call(Request::Unlink { parent: Volume::ROOT, name }).await, Ok(Reply::Done));
+            // Of the lookup, and of the creation.
+            assert_eq!(volume.call(Request::Forget { inode, lookups: 2 }).await, Ok(Reply::Done));
+        }
+        volume.shared.checkpoint_now().await.unwrap();
+        volume.shared.checkpoint_now().await.unwrap();
+        let report = volume.relocate(RelocateScope::All, go_on).await.unwrap();
+        assert!(report.groups_emptied > 0, "with a third of it free: {report:?}");
+        check_full(volume, (0..files).filter(|number| number % 3 > 0)).await;
         volume.unmount().await.unwrap();
     };
     shape.mounted(&disk, 1, run).unwrap();

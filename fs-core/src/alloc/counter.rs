@@ -33,6 +33,11 @@ const MAX_FLOOR_CLUSTERS: u64 = 16_384;
 /// A shard keeps this part of its clusters as the floor, within the two limits.
 const FLOOR_DIVISOR: u64 = 32;
 
+/// Of a shard that has given nearly all of its groups away, so many of four clusters are the floor. What is left, a quarter, holds its tree:
+/// so its levels are few enough for a truncation of 247 nodes at four levels, 167 at three and 87 at two. With the floor a quarter,
+/// nothing could be deleted on such a shard.
+const MOST_FLOOR_QUARTERS: u64 = 3;
+
 /// Who may go below the floor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Priority {
@@ -213,7 +218,8 @@ impl SpaceCounter {
 /// Blocks of the floor of a shard of so many blocks.
 pub(crate) fn reserve_of(capacity: u64) -> u64 {
     let clusters = capacity / CLUSTER_BLOCKS;
-    let floor = (clusters / FLOOR_DIVISOR).clamp(MIN_FLOOR_CLUSTERS, MAX_FLOOR_CLUSTERS).min(clusters / 4);
+    let floor = (clusters / FLOOR_DIVISOR).clamp(MIN_FLOOR_CLUSTERS, MAX_FLOOR_CLUSTERS);
+    let floor = floor.min(clusters * MOST_FLOOR_QUARTERS / 4);
     floor * CLUSTER_BLOCKS
 }
 

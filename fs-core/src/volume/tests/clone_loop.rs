@@ -8,6 +8,8 @@
 //! - a block read from a source is one that was there between the beginning and the end of the read;
 //! - a clone has all blocks as of one moment between its beginning and its end, and keeps them whatever happens to the source;
 //! - clones and relocation both get on: each goes on until the other has done its share;
+//! - on a volume that is all but full, where the same goes on, whatever is refused for lack of space has changed nothing, and nothing that
+//!   was accepted fails later;
 //! - afterwards `fsck` finds nothing, and the copies are the same after a remount, or after a power cut behind a sync.
 
 use std::cell::{Cell, RefCell};
@@ -21,7 +23,7 @@ use super::lending::{file, unlink};
 use super::world::{SeedNote, Shape, fsck, seeds};
 use super::*;
 use crate::relocate::{RelocateError, RelocateScope};
-use crate::request::{AllocateMode, AttributeChange, CloneRange, GroupFigures};
+use crate::request::{AllocateMode, AttributeChange, Caller, CloneRange, GroupFigures};
 use crate::types::BLOCK_SIZE;
 
 /// Seeds of an ordinary test run.
@@ -41,6 +43,9 @@ const RELOCATIONS: u64 = 6;
 
 /// Who relocate.
 const RELOCATORS: u64 = 2;
+
+/// Blocks of each shard that are left where there is little room.
+const LITTLE_ROOM: u64 = 260;
 
 /// Copies that one cloner keeps.
 const KEPT: usize = 4;
@@ -104,6 +109,17 @@ impl Source {
         stamp
     }
 
+    /// Notes that the last change has not reached `range`: it was refused there.
+    fn take_back(&self, range: &Range<u64>) {
+        let moment = self.begun.get() + 1;
+        self.begun.set(moment);
+        for block in range.clone() {
+            let changes = &mut self.blocks.borrow_mut()[block as usize];
+            let before = changes[changes.len() - 2].1;
+            changes.push((moment, before));
+        }
+    }
+
     fn end(&self) {
         self.ended.set(self.begun.get());
     }
@@ -162,9 +178,21 @@ async fn resize(volume: &Volume, inode: InodeNr, blocks: u64) {
     assert!(matches!(changed, Ok(Reply::Attributes(_))), "resize: {changed:?}");
 }
 
+/// How much space there is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Room {
+    #[default]
+    Plenty,
+    /// Anything may be refused for want of it.
+    Little,
+}
+
 /// When all can stop.
 #[derive(Default)]
 struct Shares {
+    room: Room,
+    /// Clones, stores and others that were refused.
+    refused: Cell<u64>,
     clones: Cell<u64>,
     relocations: Cell<u64>,
     /// References that relocation has turned.
@@ -174,6 +202,15 @@ struct Shares {
 impl Shares {
     fn are_done(&self) -> bool {
         self.clones.get() >= CLONES * SOURCES && self.relocations.get() >= RELOCATIONS
+    }
+
+    /// Counts a refusal.
+    ///
+    /// # Panics
+    /// If there is plenty of space.
+    fn refuse(&self, what: &str) {
+        assert_eq!(self.room, Room::Little, "{what}: no space");
+        self.refused.set(self.refused.get() + 1);
     }
 }
 
@@ -202,13 +239,22 @@ async fn write_on(ctx: &Context, volume: &Volume, source: &Source, shares: &Shar
                 source.begin(&range, true);
                 let (length, mode) = ((range.end - first) * BLOCK_SIZE, AllocateMode::PunchHole);
                 let punched = volume.call(Request::Allocate { inode, offset, length, mode }).await;
-                assert_eq!(punched, Ok(Reply::Done));
+                if punched == Err(FsError::NoSpace) {
+                    shares.refuse("punch");
+                    source.take_back(&range);
+                } else {
+                    assert_eq!(punched, Ok(Reply::Done));
+                }
                 source.end();
             }
             kind => {
                 let stamp = source.begin(&range, false);
-                let data: Vec<u8> = range.flat_map(|block| stamp.block(block)).collect();
-                store(volume, inode, offset, data, kind).await;
+                let data: Vec<u8> = range.clone().flat_map(|block| stamp.block(block)).collect();
+                let reached = first + store(volume, inode, offset, data, kind).await / BLOCK_SIZE;
+                if reached < range.end {
+                    shares.refuse("store");
+                    source.take_back(&(reached..range.end));
+                }
                 source.end();
             }
         }
@@ -216,24 +262,27 @@ async fn write_on(ctx: &Context, volume: &Volume, source: &Source, shares: &Shar
     }
 }
 
-/// Writes, on one of the ways there are.
-async fn store(volume: &Volume, inode: InodeNr, offset: FileOffset, data: Vec<u8>, kind: u64) {
+/// Writes, on one of the ways there are. Returns how many bytes found space.
+async fn store(volume: &Volume, inode: InodeNr, offset: FileOffset, data: Vec<u8>, kind: u64) -> u64 {
     let kill_privileges = KillPrivileges::Keep;
-    let length = data.len() as u32;
     let source = if kind < 9 { WriteSource::Mapping } else { WriteSource::Call };
     let is_direct = kind < 5;
     // Short: nobody has seen the write when it is acknowledged.
     if !is_direct
         && let WriteOutcome::Accepted(written) = volume.write(inode, offset, &data, source, kill_privileges)
     {
-        return assert_eq!(written, length, "write");
+        return u64::from(written);
     }
     let data: Box<[u8]> = data.into();
     let request = match is_direct {
         true => Request::WriteDirect { inode, offset, data, kill_privileges },
         false => Request::Write { inode, offset, data, source, kill_privileges },
     };
-    assert_eq!(volume.call(request).await, Ok(Reply::Written(length)), "write");
+    match volume.call(request).await {
+        Ok(Reply::Written(written)) => u64::from(written),
+        Err(FsError::NoSpace) => 0,
+        other => panic!("write: {other:?}"),
+    }
 }
 
 /// Has a source written back, while it is being written to, until all have done their share.
@@ -294,7 +343,7 @@ impl Copies<'_> {
                     let copy = self.rng.below(self.kept.len() as u64) as usize;
                     self.deduplicate(copy).await;
                 }
-                2 | 3 if !self.kept.is_empty() => self.drop_one().await,
+                2 | 3 => self.drop_one().await,
                 _ => self.clone_of_the_source().await,
             }
             pause(self.ctx, &mut self.rng).await;
@@ -302,21 +351,35 @@ impl Copies<'_> {
         self.kept
     }
 
-    /// A copy to clone to: a new one, on any shard, or one that has contents.
-    async fn target(&mut self) -> usize {
+    /// A copy to clone to: a new one, on any shard, or one that has contents. `None` if there is no space for a new one.
+    async fn target(&mut self) -> Option<usize> {
         if self.kept.len() < KEPT {
             let home = self.rng.pick(self.homes).expect("every shard has a directory");
             let name = format!("copy-{}-{}", self.source.number, self.made);
             self.made += 1;
-            let inode = file(self.volume, home, &name).await;
+            let request = Request::Create {
+                parent: home,
+                name: name.as_bytes().into(),
+                new: NewInode::Regular,
+                permissions: 0o644,
+                caller: Caller { uid: 0, gid: 0 },
+            };
+            let inode = match self.volume.call(request).await {
+                Ok(Reply::Entry(entry)) => entry.inode,
+                Err(FsError::NoSpace) => {
+                    self.shares.refuse("create");
+                    return None;
+                }
+                other => panic!("create {name}: {other:?}"),
+            };
             self.kept.push(Copy { home, name, inode, blocks: vec![Stamp::default(); BLOCKS as usize] });
-            return self.kept.len() - 1;
+            return Some(self.kept.len() - 1);
         }
-        self.rng.below(KEPT as u64) as usize
+        Some(self.rng.below(KEPT as u64) as usize)
     }
 
     async fn clone_of_the_source(&mut self) {
-        let number = self.target().await;
+        let Some(number) = self.target().await else { return self.drop_one().await };
         let first = if self.rng.below(2) == 0 { 0 } else { self.rng.below(BLOCKS) };
         let since = self.source.ended.get();
         let at = FileOffset::new(first * BLOCK_SIZE);
@@ -328,6 +391,10 @@ impl Copies<'_> {
             Ok(cloned) => first + cloned.bytes / BLOCK_SIZE,
             // The source was cut to before the beginning.
             Err(FsError::Invalid) if first > 0 => first,
+            Err(FsError::NoSpace) => {
+                self.shares.refuse("clone");
+                first // all or nothing
+            }
             Err(error) => panic!("clone of source {}: {error}", self.source.number),
         };
         let found = stamps(self.volume, target, 0..BLOCKS, false).await;
@@ -351,6 +418,10 @@ impl Copies<'_> {
         let range = CloneRange { source, source_offset: start, target, target_offset: start, length: 0 };
         let cloned = match clone(self.volume, range).await {
             Ok(cloned) => (cloned.bytes / BLOCK_SIZE) as usize,
+            Err(FsError::NoSpace) => {
+                self.shares.refuse("clone of a clone");
+                0
+            }
             Err(error) => panic!("clone of a clone: {error}"),
         };
         let blocks = self.kept[from].blocks[..cloned].to_vec();
@@ -368,12 +439,16 @@ impl Copies<'_> {
         let range = CloneRange { source, source_offset: at, target, target_offset: at, length };
         match deduplicate(self.volume, range).await {
             Ok(_) | Err(FsError::Invalid) => {} // one of them is too short
+            Err(FsError::NoSpace) => self.shares.refuse("deduplication"),
             Err(error) => panic!("deduplication: {error}"),
         }
         self.kept[copy].check(self.volume, "deduplicated").await;
     }
 
     async fn drop_one(&mut self) {
+        if self.kept.is_empty() {
+            return;
+        }
         let copy = self.kept.swap_remove(self.rng.below(self.kept.len() as u64) as usize);
         copy.check(self.volume, "before its end").await;
         unlink(self.volume, copy.home, &copy.name, copy.inode).await;
@@ -400,10 +475,31 @@ async fn relocate_on(volume: &Volume, shards: u8, shares: &Shares, mut rng: Rng)
             Ok(report) => shares.references.set(shares.references.get() + report.references),
             // Another shard has taken the group over.
             Err(RelocateError::Volume(FsError::Invalid)) => {}
+            Err(RelocateError::NoSpace { .. } | RelocateError::Volume(FsError::NoSpace)) => {
+                shares.refuse("relocation");
+            }
             Err(error) => panic!("relocation: {error}"),
         }
         shares.relocations.set(shares.relocations.get() + 1);
     }
+}
+
+/// Takes all space but a little for a file that stays. Sources and copies share the rest.
+async fn take_space(volume: &Volume, home: InodeNr, name: &str) {
+    let inode = file(volume, home, name).await;
+    let mut end = 0;
+    for blocks in [1024, 64, 8] {
+        let allocate = |offset| Request::Allocate {
+            inode,
+            offset: FileOffset::new(offset * BLOCK_SIZE),
+            length: blocks * BLOCK_SIZE,
+            mode: AllocateMode::Extend,
+        };
+        while volume.call(allocate(end)).await == Ok(Reply::Done) {
+            end += blocks;
+        }
+    }
+    resize(volume, inode, end.saturating_sub(LITTLE_ROOM)).await;
 }
 
 /// A directory on each shard.
@@ -427,6 +523,12 @@ async fn all_at_once(ctx: &Context, volume: &Volume, shape: &Shape, shares: &Sha
         resize(volume, inode, BLOCKS).await;
         sources.push(Source::new(inode, number));
     }
+    if shares.room == Room::Little {
+        for (home, number) in homes.iter().zip(0..) {
+            take_space(volume, *home, &format!("ballast-{number}")).await;
+        }
+        sync(volume).await;
+    }
     let rng = |salt: u64| Rng::new(shape.seed << 8 ^ salt);
     let changing = join_all(sources.iter().map(|source| async {
         let (writer, reader, syncer) = (source.number, 16 + source.number, 64 + source.number);
@@ -449,13 +551,17 @@ async fn all_at_once(ctx: &Context, volume: &Volume, shape: &Shape, shares: &Sha
 
 /// Runs a seed. Returns how many references relocation has turned.
 pub(super) fn clone_loop(seed: u64) -> u64 {
+    run_seed(seed, Room::Plenty).references.get()
+}
+
+fn run_seed(seed: u64, room: Room) -> Shares {
     let _note = SeedNote(seed);
     let random = Shape::random(seed);
     let shards = 2 + (random.shards & 1);
     let shape = Shape { shards, blocks: 9 * 1024 * u64::from(shards), ..random };
     let disk = shape.formatted();
     let is_cut = seed.is_multiple_of(3);
-    let shares = Shares::default();
+    let shares = Shares { room, ..Shares::default() };
     let run = async |ctx: &Context, volume: &Volume| {
         let copies = all_at_once(ctx, volume, &shape, &shares).await;
         for copy in &copies {
@@ -483,7 +589,7 @@ pub(super) fn clone_loop(seed: u64) -> u64 {
     };
     shape.mounted(&disk, 2, run).expect("it mounts again");
     fsck(&shape, &disk).unwrap_or_else(|why| panic!("after a remount: {why}"));
-    shares.references.get()
+    shares
 }
 
 #[test]
@@ -493,4 +599,13 @@ fn clones_stores_and_relocation_at_once_leave_every_copy_what_it_was() {
     let references: u64 = seeds.map(clone_loop).sum();
     println!("{count} seeds, {references} references turned");
     assert!(references >= 20 * count, "{references} references turned in {count} seeds");
+}
+
+#[test]
+fn what_is_refused_on_an_all_but_full_volume_has_changed_nothing() {
+    let seeds = seeds(SEEDS);
+    let count = seeds.end - seeds.start;
+    let refused: u64 = seeds.map(|seed| run_seed(seed, Room::Little).refused.get()).sum();
+    println!("{count} seeds, {refused} refusals");
+    assert!(refused >= 5 * count, "{refused} refusals in {count} seeds");
 }

@@ -59,12 +59,11 @@ pub(crate) mod transact;
 /// Requests that a shard works on at once; more wait in the mailbox.
 const MAX_RUNNING_REQUESTS: u32 = 1024;
 
-/// Requests a shard's mailbox holds; more wait with their senders. Few in tests: all that is simulated meets full mailboxes.
-pub(crate) const REQUEST_SLOTS: usize = if cfg!(test) { 2 } else { 1024 };
+/// Requests a shard's mailbox holds; more wait with their senders.
+pub(crate) const REQUEST_SLOTS: usize = 1024;
 
-/// Calls of peers a shard's mailbox holds. The mailbox is emptied without waiting for anything. One in tests: shards that call each
-/// other find both mailboxes full.
-pub(crate) const PEER_SLOTS: usize = if cfg!(test) { 1 } else { 4096 };
+/// Calls of peers a shard's mailbox holds. The mailbox is emptied without waiting for anything.
+pub(crate) const PEER_SLOTS: usize = 4096;
 
 /// The volatile state of an inode that is in use.
 pub(crate) struct Inode {

@@ -138,6 +138,8 @@ bugs! {
     TruncationDuringWriteBack = "truncation-during-write-back" in Filesystem;
     /// A read does not keep its range locked.
     ReadUnlocked = "read-unlocked" in Filesystem;
+    /// A shard answers one call of a peer after another, and takes none from its mailbox while it waits for an answer itself.
+    PeersAnsweredInLine = "peers-answered-in-line" in Filesystem;
     /// Borrowed blocks are given back while they are being borrowed again.
     ReturnsWithoutTurn = "returns-without-turn" in Filesystem;
 

@@ -32,7 +32,7 @@ use crate::error::FsError;
 use crate::format::superblock::Superblock;
 use crate::log::read_log;
 use crate::shard::message::{PeerCall, PeerMessage, RequestMessage};
-use crate::shard::{PEER_SLOTS, REQUEST_SLOTS, Shard, ShardParts};
+use crate::shard::{MailboxSlots, Shard, ShardParts};
 use crate::superblock::{self, LogArea, SuperblockError};
 use crate::tree::TreeIdentity;
 use crate::types::{BLOCK_SIZE, BlockCount, Epoch, ShardId};
@@ -125,6 +125,16 @@ impl Volume {
         handles: &[ReactorHandle],
         options: MountOptions,
     ) -> Result<Self, MountError> {
+        Self::mount_with(ctx, handles, options, MailboxSlots::default()).await
+    }
+
+    /// As [`Self::mount`]; tests choose how soon mailboxes are full.
+    pub(crate) async fn mount_with(
+        ctx: &Context,
+        handles: &[ReactorHandle],
+        options: MountOptions,
+        slots: MailboxSlots,
+    ) -> Result<Self, MountError> {
         let disk = VolumeDisk::new(ctx.disk().clone())?;
         let device = disk.name().to_owned();
         let failed = |error: FsError| MountError::Failed { device: device.clone(), error };
@@ -150,7 +160,7 @@ impl Volume {
             tracing::warn!(device, warning);
         }
         let Shared { volume: shared, mailboxes, checkpoints } =
-            share(&superblock, disk.blocks(), log.last_epoch(), handles, &options, warnings)?;
+            share(&superblock, disk.blocks(), log.last_epoch(), handles, (&options, slots), warnings)?;
         start_shards(&shared, &superblock, mailboxes, groups, &options).await.map_err(failed)?;
         let mut coordinator = Coordinator::new(ctx.clone(), disk, Arc::clone(&shared), superblock);
         if in_use {
@@ -201,7 +211,7 @@ fn share(
     device_blocks: BlockCount,
     logged: Option<Epoch>,
     handles: &[ReactorHandle],
-    options: &MountOptions,
+    (options, slots): (&MountOptions, MailboxSlots),
     warnings: Vec<String>,
 ) -> Result<Shared, MountError> {
     let first = handles.first().ok_or(MountError::NoReactors)?;
@@ -210,8 +220,8 @@ fn share(
     let mut shards = Vec::new();
     let mut mailboxes = Vec::new();
     for reactor in handles.iter().cycle().take(superblock.shards.len()) {
-        let (requests, request_receiver) = mailbox(REQUEST_SLOTS, reactor);
-        let (peers, peer_receiver) = mailbox(PEER_SLOTS, reactor);
+        let (requests, request_receiver) = mailbox(slots.requests, reactor);
+        let (peers, peer_receiver) = mailbox(slots.peers, reactor);
         mailboxes.push(Mailboxes { requests: request_receiver, peers: peer_receiver });
         shards.push(ShardShared {
             reactor: reactor.clone(),

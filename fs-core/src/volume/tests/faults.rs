@@ -159,7 +159,7 @@ fn read_damaged(
     damage: &mut Damage,
 ) -> Result<(), Trouble> {
     let sim = shape.simulator(disk, 60);
-    let volume = match mount(&sim, &shape.mount) {
+    let volume = match mount(&sim, shape) {
         Ok(volume) => volume,
         Err(_) => {
             damage.refused += 1;

@@ -15,7 +15,7 @@ use ::planted::{Net, Planted};
 const SEEDS: u64 = 4;
 
 /// Seeds of the clone loop, of which many take no time.
-const LOOP_SEEDS: u64 = 40;
+const LOOP_SEEDS: u64 = 100;
 
 /// Pairs of operations that the short campaign may need.
 const PAIRS: usize = 24;

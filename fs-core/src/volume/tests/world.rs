@@ -16,8 +16,9 @@ use crate::fsck::{DataCheck, check_with};
 use crate::mkfs::{FormatOptions, Owner, format};
 use crate::shard::MailboxSlots;
 
-/// Rounds of the simulator beyond which a session counts as hung.
-const MAX_ROUNDS: u64 = 1_000_000;
+/// Rounds of the simulator beyond which a session counts as hung. The longest, which fills a volume with small files, needs more than
+/// half a million.
+const MAX_ROUNDS: u64 = 2_000_000;
 
 /// Bytes of each queue's buffer pool.
 const POOL_BYTES: usize = 4 << 20;

@@ -181,6 +181,7 @@ impl Client {
         if let (true, Ok(Some(attributes))) = (made, &actual) {
             let node = self.model.next_node();
             self.inodes.insert(node, attributes.inode);
+            self.history.borrow_mut().know(self.number, node, attributes.inode);
             self.lookups.insert(node, 1);
         }
         if let (Op::Link { node, .. }, Ok(_)) = (op, &actual) {
@@ -271,6 +272,7 @@ impl Client {
                 let found = lookup(&self.volume, self.inodes[&place], name).await?;
                 let known = *self.inodes.entry(child).or_insert(found.inode);
                 assert_eq!(found.inode, known, "{path} is another inode than it was");
+                self.history.borrow_mut().know(self.number, child, known);
                 self.lookups.insert(child, 1);
             }
             place = child;

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use super::model::{Model, Node, NodeId, Op};
+use super::*;
 use crate::request::{AllocateMode, RenameMode, SyncScope};
 
 /// Blocks of a file that an operation leaves no older contents in.
@@ -51,6 +52,8 @@ struct Track {
     floor: Floor,
     /// What every client had had acknowledged when the running operation began.
     at_begin: Vec<usize>,
+    /// Inodes of nodes, as far as replies told them.
+    inodes: BTreeMap<NodeId, InodeNr>,
 }
 
 /// What of a client's history a crash meets.
@@ -183,6 +186,21 @@ impl History {
                 track.floor.data = track.floor.data.max(floor);
             }
         }
+    }
+
+    /// Notes which inode a client's node is.
+    pub(super) fn know(&mut self, client: usize, node: NodeId, inode: InodeNr) {
+        self.tracks[client].inodes.insert(node, inode);
+    }
+
+    /// Whether a version has the inodes at these paths. Files that look alike are told apart by them: two that change
+    /// places leave names and attributes as they were.
+    pub(super) fn has_inodes(&self, client: usize, number: usize, found: &BTreeMap<String, InodeNr>) -> bool {
+        let track = &self.tracks[client];
+        let is_there = |(path, node): &(String, NodeId)| {
+            track.inodes.get(node).is_none_or(|inode| found.get(path) == Some(inode))
+        };
+        track.versions[number].model.paths().iter().all(is_there)
     }
 
     /// Takes the operation begun last back: it was refused for want of space.

@@ -35,6 +35,7 @@ struct FoundFile {
 struct Found {
     canon: String,
     files: BTreeMap<String, FoundFile>,
+    inodes: BTreeMap<String, InodeNr>,
     numbers: BTreeMap<InodeNr, usize>,
 }
 
@@ -87,6 +88,7 @@ async fn walk(volume: &Volume, top: InodeNr) -> Result<Found, FsError> {
             xattrs: &xattrs(volume, inode).await?,
         };
         canon_line(&mut found.canon, &path, &line);
+        found.inodes.insert(path.clone(), inode);
         match attributes.kind {
             FileKind::Regular => {
                 found.files.insert(path, FoundFile { inode, size: attributes.size });
@@ -166,13 +168,15 @@ fn find_cut(history: &History, mark: &Mark, found: &[Found]) -> Result<Vec<usize
                 others.map(|other| history.implied(mark, client, other, kept[other])).max().unwrap_or(0);
             let least = implied.max(kept[client]);
             let candidates = history.candidates(mark, client).filter(|(number, _)| *number >= least);
-            let fits = |(_, version): &(usize, &Version)| *version.canon == found[client].canon;
+            let fits = |(number, version): &(usize, &Version)| {
+                *version.canon == found[client].canon
+                    && history.has_inodes(client, *number, &found[client].inodes)
+            };
             kept[client] = candidates.into_iter().find(fits).map(|(number, _)| number).ok_or_else(|| {
                 let (number, version) =
                     history.candidates(mark, client).last().expect("a client has a newest version");
-                let any = (0..=number)
-                    .rev()
-                    .find(|number| *history.version(client, *number).canon == *found[client].canon);
+                let any =
+                    (0..=number).rev().find(|number| fits(&(*number, history.version(client, *number))));
                 format!(
                     "client {client}: names and attributes are those of version {any:?}; legal are {least} \
                      (or the floor {:?}) to {number} ({}); difference to the newest: {}",
@@ -288,4 +292,68 @@ fn judge_block(node: NodeId, block: u64, data: &[u8], versions: &[Version]) -> R
         &data[..data.len().min(16)],
         newest.map(|newest| &newest[..16]),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::rc::Rc;
+
+    use super::super::client::{Client, Ending};
+    use super::super::crash::short_shape;
+    use super::super::faults::judge_now;
+    use super::super::model::{Made, Op, TOP};
+    use super::super::world::{Trouble, prepared, session};
+    use super::*;
+    use crate::request::{RenameMode, SyncScope};
+
+    /// Who knows that the two files change places.
+    #[derive(Clone, Copy)]
+    enum Exchange {
+        Told,
+        Untold,
+    }
+
+    /// Two files that look alike are synced and then change places. Returns what is said of the volume.
+    fn exchanged(exchange: Exchange, sizes: [u64; 2]) -> Result<(), Trouble> {
+        let shape = short_shape();
+        let (disk, history) = prepared(&shape, 1);
+        let history = Rc::new(RefCell::new(history));
+        session(&shape, &disk, &history, 10, async move |client: &mut Client| {
+            for (name, size) in ["a", "b"].into_iter().zip(sizes) {
+                let node = client.model.next_node();
+                let make = Op::Create {
+                    parent: TOP,
+                    name: name.to_owned(),
+                    made: Made::Regular,
+                    permissions: 0o600,
+                };
+                for op in [make, Op::Truncate { node, size }, Op::Sync { node, scope: SyncScope::Volume }] {
+                    assert_eq!(client.step(&op).await, Ending::Finished);
+                }
+            }
+            let (name, new_name, mode) = ("a".to_owned(), "b".to_owned(), RenameMode::Exchange);
+            let op = Op::Rename { parent: TOP, name, new_parent: TOP, new_name, mode };
+            if let Exchange::Told = exchange {
+                return client.step(&op).await;
+            }
+            let top = client.inodes[&TOP];
+            let (name, new_name) = ((*b"a").into(), (*b"b").into());
+            let rename = Request::Rename { parent: top, name, new_parent: top, new_name, mode };
+            assert_eq!(client.volume.call(rename).await, Ok(Reply::Done));
+            Ending::Finished
+        });
+        judge_now(&shape, &disk, &history)
+    }
+
+    #[test]
+    fn files_that_look_alike_may_have_changed_places() {
+        exchanged(Exchange::Told, [1, 2 << 30]).unwrap_or_else(|why| panic!("{why}"));
+    }
+
+    #[test]
+    fn files_that_nobody_let_change_places_are_noticed() {
+        let why = exchanged(Exchange::Untold, [0, 0]).expect_err("the files changed places").to_string();
+        assert!(why.contains("names and attributes"), "{why}");
+    }
 }

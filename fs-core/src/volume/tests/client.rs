@@ -517,6 +517,7 @@ impl Client {
         let skipped = match data {
             Ok(Reply::Offset(data)) => from..data,
             Err(FsError::NoData) => from..contents.size,
+            Err(error) => return Err(error),
             other => panic!("seek: {other:?}"),
         };
         assert!(skipped.end <= contents.size, "data is found inside the file only");

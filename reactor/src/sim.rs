@@ -13,6 +13,7 @@
 
 mod disk;
 mod image;
+mod miswrite;
 
 use std::cell::Cell;
 use std::fmt;
@@ -35,6 +36,7 @@ use crate::task::TaskHeader;
 
 pub use disk::{CutPolicy, SimDisk, SimDiskOptions, Tearing};
 pub use image::DiskImage;
+pub use miswrite::Miswrite;
 
 /// Calendar time at which virtual time starts: 2026-01-01T00:00:00Z.
 const START: i64 = 1_767_225_600;

@@ -32,6 +32,7 @@ mod scrub;
 mod shift;
 mod simulate;
 mod stats;
+mod sweep;
 mod unreplayed;
 mod world;
 

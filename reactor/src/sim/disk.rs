@@ -32,6 +32,7 @@ use crate::handle::ReactorId;
 use crate::random::Random;
 
 use super::DiskImage;
+use super::miswrite::{Miswrite, Plan};
 
 /// What a [`SimDisk`] is like.
 #[derive(Clone, Debug)]
@@ -133,6 +134,7 @@ struct Medium {
     /// Writes that may still reach the medium.
     writes_left: Option<u64>,
     faults: Vec<(FaultKind, LbaRange)>,
+    miswrite: Option<Plan>,
     observer: Option<Observer>,
 }
 
@@ -198,6 +200,7 @@ impl SimDisk {
             flushes: 0,
             writes_left: None,
             faults: Vec::new(),
+            miswrite: None,
             observer: None,
         };
         Self { medium: Rc::new(RefCell::new(medium)) }
@@ -310,6 +313,16 @@ impl SimDisk {
     /// Lifts every fault set by [`fail_reads`](Self::fail_reads) and [`fail_writes`](Self::fail_writes).
     pub fn clear_faults(&self) {
         self.medium.borrow_mut().faults.clear();
+    }
+
+    /// After `after` more writes, zeroings or deallocations, one is acknowledged and goes wrong as `how` says.
+    pub fn miswrite(&self, after: u64, how: Miswrite) {
+        self.medium.borrow_mut().miswrite = Some(Plan::new(after, how));
+    }
+
+    /// Where the write that went wrong should have gone; `None` while none has.
+    pub fn miswritten(&self) -> Option<LbaRange> {
+        self.medium.borrow().miswrite.and_then(|plan| plan.met())
     }
 
     /// Inverts bit `bit % 8` of the byte at `offset`, for readers and for good.
@@ -478,6 +491,7 @@ impl Medium {
         if let Some(left) = &mut self.writes_left {
             *left -= 1;
         }
+        let Some((offset, data)) = self.gone_wrong(offset, data) else { return };
         data.store(&mut self.current, offset);
         let durable = matches!(request, Request::Write { durability: Durability::Durable, .. });
         if durable || !self.options.write_cache {
@@ -486,6 +500,28 @@ impl Medium {
         } else {
             self.cached.push_back(CachedWrite { sequence: self.next_sequence, offset, data });
             self.next_sequence += 1;
+        }
+    }
+
+    /// What is stored, and where, of a write that is to be stored; all of it but for the one of a [`Plan`].
+    fn gone_wrong(&mut self, offset: u64, data: Data) -> Option<(u64, Data)> {
+        let lba_size = u64::from(self.options.lba_size);
+        let (start, count) = (Lba::new(offset / lba_size), LbaCount::new(data.len() / lba_size));
+        match self.miswrite.as_mut().and_then(|plan| plan.strike(start, count)) {
+            None => Some((offset, data)),
+            Some(Miswrite::Lost) => None,
+            Some(Miswrite::Misdirected(to)) => {
+                let to = to.get() * lba_size;
+                (to + data.len() <= self.current.len()).then_some((to, data))
+            }
+            Some(Miswrite::Torn(sectors)) => {
+                let kept = (sectors * 512).min(data.len());
+                (kept > 0).then(|| (offset, data.part(0, kept)))
+            }
+            Some(Miswrite::Stale) => {
+                data.store(&mut self.current, offset);
+                None
+            }
         }
     }
 

@@ -218,3 +218,43 @@ proptest! {
         prop_assert_eq!(disk.unsettled_writes(), 0);
     }
 }
+
+#[test]
+fn one_write_goes_wrong_and_is_acknowledged() {
+    // What blocks 1 and 9 hold when everything has settled, and what readers saw of block 1 before.
+    for (how, one, nine, seen) in [
+        (Miswrite::Lost, 1, 0, 1),
+        (Miswrite::Misdirected(Lba::new(9)), 1, 2, 1),
+        (Miswrite::Misdirected(Lba::new(64)), 1, 0, 1),
+        (Miswrite::Torn(0), 1, 0, 1),
+        (Miswrite::Torn(1), 2, 0, 2),
+        (Miswrite::Stale, 1, 0, 2),
+    ] {
+        for durability in [Durability::Cached, Durability::Durable] {
+            let disk = SimDisk::new(options());
+            disk.miswrite(1, how);
+            run(&disk, |ctx| async move {
+                write(ctx.disk(), 1, 1, 1, durability).await.unwrap();
+                write(ctx.disk(), 1, 1, 2, durability).await.unwrap();
+                write(ctx.disk(), 5, 1, 5, durability).await.unwrap();
+                ctx.disk().flush().await.unwrap();
+            });
+            let met = LbaRange { start: Lba::new(1), count: LbaCount::new(1) };
+            assert_eq!(disk.miswritten(), Some(met), "{how:?}");
+            assert_eq!(block(&disk.image(), 1), seen, "{how:?}");
+            disk.power_cut(&CutPolicy::DropAll);
+            let image = disk.image();
+            let found = (block(&image, 1), block(&image, 5), block(&image, 9));
+            assert_eq!(found, (one, 5, nine), "{how:?} {durability:?}");
+        }
+    }
+}
+
+#[test]
+fn torn_write_keeps_its_first_sectors() {
+    let disk = SimDisk::new(options());
+    disk.miswrite(0, Miswrite::Torn(2));
+    run(&disk, |ctx| async move { write(ctx.disk(), 3, 4, 7, Durability::Durable).await.unwrap() });
+    let blocks: Vec<u8> = (3..7).map(|lba| block(&disk.image(), lba)).collect();
+    assert_eq!(blocks, [7, 7, 0, 0]);
+}

@@ -51,6 +51,11 @@ pub fn kind_names() -> impl Iterator<Item = &'static str> {
     KINDS.iter().map(|(name, _)| *name)
 }
 
+/// An item of a tree in words, as a dump shows it; `None` if it is no item of a known kind.
+pub fn describe_item(key: &Key, value: &[u8]) -> Option<String> {
+    items::describe(key, value).ok()
+}
+
 /// What to show.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Part {
@@ -178,14 +183,8 @@ impl Dump<'_> {
             let ptr = record.tree.ptr;
             writeln!(
                 out,
-                "shard {shard}: root {} level {} epoch {} crc {:#010x} log_head {} next_inode {} inodes {}",
-                ptr.address,
-                record.tree.level,
-                ptr.epoch,
-                ptr.crc,
-                record.log_head,
-                record.next_inode,
-                record.inodes
+                "shard {shard}: root {} level {} epoch {} crc {:#010x} next_inode {} inodes {}",
+                ptr.address, record.tree.level, ptr.epoch, ptr.crc, record.next_inode, record.inodes
             )?;
         }
         Ok(())

@@ -8,10 +8,16 @@
 //! Excludes: judging what is merely an odd answer.
 
 pub mod campaign;
+pub mod control;
 pub mod driver;
+pub mod edit;
+pub mod log;
+pub mod node;
 pub mod script;
 pub mod spec;
+pub mod superblock;
 pub mod vfio_user;
+pub mod volume;
 
 /// A target and its name.
 pub struct Target {
@@ -23,8 +29,12 @@ pub struct Target {
 
 /// All targets.
 pub const TARGETS: &[Target] = &[
+    Target { name: "control", run: control::run },
     Target { name: "driver", run: driver::run },
+    Target { name: "log", run: log::run },
+    Target { name: "node", run: node::run },
     Target { name: "spec", run: spec::run },
+    Target { name: "superblock", run: superblock::run },
     Target { name: "vfio_user", run: vfio_user::run },
 ];
 

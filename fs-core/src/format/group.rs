@@ -302,6 +302,9 @@ pub enum SlotError {
         /// Count of clear bits.
         counted: u32,
     },
+    /// Bytes that must be zero are not.
+    #[error("reserved bytes are in use")]
+    Reserved,
 }
 
 /// Header of a bitmap slot, at its start; the bitmap follows, zeroes fill the last block.
@@ -398,6 +401,10 @@ pub fn decode(
     let (stored_free, counted) = (header.free_blocks.get(), count_free(&bitmap));
     if stored_free != counted {
         return Err(SlotError::Count { stored: stored_free, counted });
+    }
+    let behind = &rest[layout.bitmap_bits() / 8..];
+    if header.reserved != [0; 23] || behind.iter().any(|byte| *byte != 0) {
+        return Err(SlotError::Reserved);
     }
     let epoch = Epoch::new(header.epoch.get());
     Ok(SlotContents { epoch, owner, bitmap, contribution: contribution(group, epoch, stored) })
@@ -549,6 +556,22 @@ mod tests {
         let (bytes, _) = encode(&layout, IDENTITY, 8, Epoch::new(1), ShardId::default(), &bitmap);
         let block = BlockNr::new(4160);
         assert_eq!(decode(&layout, IDENTITY, 8, &bytes), Err(SlotError::OverheadFree { block }));
+    }
+
+    #[test]
+    fn slot_with_reserved_bytes_in_use_does_not_count() {
+        let layout = VolumeLayout::new(BlockCount::new(8192), 9).unwrap();
+        let bitmap = empty_bitmap(&layout, 5);
+        let (good, _) = encode(&layout, IDENTITY, 5, Epoch::new(7), ShardId::default(), &bitmap);
+        // In the header, and behind the 512 bits.
+        for reserved in [41, 63, 128, 4095] {
+            let mut bytes = good.clone();
+            bytes[reserved] = 1;
+            bytes[8..12].fill(0);
+            let crc = crc32c::crc32c(&bytes);
+            bytes[8..12].copy_from_slice(&crc.to_le_bytes());
+            assert_eq!(decode(&layout, IDENTITY, 5, &bytes), Err(SlotError::Reserved), "byte {reserved}");
+        }
     }
 
     proptest! {

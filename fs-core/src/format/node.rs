@@ -590,10 +590,13 @@ impl<'image> CheckedNode<'image> {
 
 /// What a node's header says beside its contents.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Header {
-    pub(crate) identity: TreeIdentity,
-    pub(crate) address: BlockNr,
-    pub(crate) epoch: Epoch,
+pub struct Header {
+    /// Volume and shard.
+    pub identity: TreeIdentity,
+    /// First of its blocks.
+    pub address: BlockNr,
+    /// Epoch of its last change.
+    pub epoch: Epoch,
 }
 
 fn write_header(image: &mut NodeImage, header: &Header, level: u8, count: usize) {
@@ -612,7 +615,10 @@ fn write_header(image: &mut NodeImage, header: &Header, level: u8, count: usize)
 }
 
 /// The image of a leaf with these items, which must be in order and fit.
-pub(crate) fn encode_leaf<'item>(
+///
+/// # Panics
+/// If they do not fit.
+pub fn encode_leaf<'item>(
     header: &Header,
     items: impl Iterator<Item = (Key, &'item [u8])>,
 ) -> Box<NodeImage> {
@@ -632,7 +638,10 @@ pub(crate) fn encode_leaf<'item>(
 }
 
 /// The image of an inner node with these entries, which must be in order and fit.
-pub(crate) fn encode_inner(
+///
+/// # Panics
+/// If they do not fit.
+pub fn encode_inner(
     header: &Header,
     level: u8,
     entries: impl Iterator<Item = (Key, BlockPtr)>,

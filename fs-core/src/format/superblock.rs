@@ -10,7 +10,8 @@
 //! - magic, checksum and version stand at the same place in every version of the format, so that any version can
 //!   say "newer than I know";
 //! - a superblock that decodes describes a possible volume: everything in it that is used as a number of blocks,
-//!   shards or bits has been checked against the format's limits.
+//!   shards or bits has been checked against the format's limits;
+//! - without features that are unknown here it is encoded to the same bytes again: reserved ones are zero.
 //!
 //! *Legal crash outcomes*: while generation g is written, slot g mod 8 of either ring may be torn, or hold g − 8
 //! still. Generation g − 1 lies elsewhere and is complete.
@@ -46,8 +47,6 @@ const MAGIC: [u8; 8] = *b"POLLUXFS";
 pub struct ShardRecord {
     /// The tree's root.
     pub tree: TreeRoot,
-    /// Always 0 in this version: the volume has one log, see [`LogArea`].
-    pub log_head: BlockNr,
     /// Sequence number of the shard's next new inode: never given twice.
     pub next_inode: u64,
     /// Inodes of the shard.
@@ -58,7 +57,6 @@ impl ShardRecord {
     /// A record that names nothing yet.
     pub const BLANK: Self = Self {
         tree: TreeRoot { ptr: BlockPtr { address: BlockNr::new(0), epoch: Epoch::new(0), crc: 0 }, level: 0 },
-        log_head: BlockNr::new(0),
         next_inode: 0,
         inodes: 0,
     };
@@ -186,7 +184,7 @@ struct RawShard {
     crc: U32,
     level: u8,
     reserved: [u8; 3],
-    log_head: U64,
+    reserved_log: U64,
     next_inode: U64,
     inodes: U64,
 }
@@ -337,7 +335,15 @@ impl Superblock {
         if features != 0 {
             return Err(DecodeError::Features { features, generation });
         }
-        raw.check(generation)
+        let superblock = raw.check(generation)?;
+        // A feature that may be ignored may have given reserved bytes a meaning.
+        if superblock.compatible == 0
+            && superblock.read_only_compatible == 0
+            && superblock.encode()[..] != *block
+        {
+            return Err(DecodeError::Nonsense { what: "reserved bytes are in use".to_owned() });
+        }
+        Ok(superblock)
     }
 }
 
@@ -403,12 +409,10 @@ impl RawShard {
             },
             level: self.level,
         };
-        let log_head = BlockNr::new(self.log_head.get());
-        let inside = layout.group_of(tree.ptr.address).is_some() && layout.group_of(log_head).is_some();
+        let inside = layout.group_of(tree.ptr.address).is_some();
         let aligned = tree.ptr.address.get().is_multiple_of(CLUSTER_BLOCKS);
         (inside && aligned && tree.ptr.epoch <= closed && tree.level <= MAX_LEVEL).then_some(ShardRecord {
             tree,
-            log_head,
             next_inode: self.next_inode.get(),
             inodes: self.inodes.get(),
         })
@@ -423,7 +427,7 @@ impl From<&ShardRecord> for RawShard {
             crc: U32::new(shard.tree.ptr.crc),
             level: shard.tree.level,
             reserved: [0; 3],
-            log_head: U64::new(shard.log_head.get()),
+            reserved_log: U64::new(0),
             next_inode: U64::new(shard.next_inode),
             inodes: U64::new(shard.inodes),
         }
@@ -449,7 +453,6 @@ pub(crate) mod tests {
                 ptr: BlockPtr { address: BlockNr::new(block), epoch: Epoch::new(6), crc },
                 level: 1,
             },
-            log_head: BlockNr::new(0),
             next_inode: 40,
             inodes: 17,
         };
@@ -548,6 +551,25 @@ pub(crate) mod tests {
         fix_checksum(&mut *block);
         assert!(Superblock::decode(&*block).unwrap().must_be_read_only());
         assert!(!example().must_be_read_only());
+    }
+
+    #[test]
+    fn reserved_bytes_in_use_are_refused_unless_a_feature_may_use_them() {
+        let plain = Superblock { compatible: 0, ..example() };
+        // Behind the counts, the log, the label's end and a shard's level; a shard's log; a shard that is not there; the end.
+        for reserved in [155, 205, 511, 64 + 20, 512 + 21, 512 + 24, 512 + 2 * 48, 3583, 3584, 4095] {
+            let mut block = plain.encode();
+            block[reserved] = 1;
+            fix_checksum(&mut *block);
+            let decoded = Superblock::decode(&*block);
+            assert!(matches!(decoded, Err(DecodeError::Nonsense { .. })), "byte {reserved}: {decoded:?}");
+            block[24] = 1;
+            fix_checksum(&mut *block);
+            assert!(
+                Superblock::decode(&*block).is_ok(),
+                "byte {reserved} may belong to a compatible feature"
+            );
+        }
     }
 
     #[test]

@@ -175,8 +175,8 @@ fn admit(mut stream: UnixStream, clients: &Mutex<Vec<Client>>, handler: &Arc<dyn
     }
 }
 
-/// Answers a client's requests until it leaves, errs or keeps silent for too long.
-fn converse(stream: UnixStream, handler: &dyn Handler) {
+/// Answers a client's requests until it leaves, errs or, if the stream has a time limit, keeps silent for too long.
+pub fn converse(stream: UnixStream, handler: &dyn Handler) {
     let Ok(mut writer) = stream.try_clone() else { return };
     let mut reader = BufReader::new(stream);
     loop {

@@ -29,7 +29,7 @@ const ALLOWED: &[(&str, May)] = &[
         May::Only(&["reactor", "nvme-spec", "nvme-sigbus", "vfio-user-protocol", "nvme-emulator", "planted"]),
     ),
     ("fs-core", May::Only(&["reactor", "planted"])),
-    ("pollux-fuzz", May::Only(&["reactor", "nvme", "nvme-spec", "vfio-user-protocol", "fs-core"])),
+    ("pollux-fuzz", May::All),
     ("pollux-tools", May::All),
     ("hw-tests", May::All),
     ("pollux-bench", May::All),

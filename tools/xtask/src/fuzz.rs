@@ -19,7 +19,7 @@ use clap::Args;
 use crate::steps::{Steps, cargo};
 
 /// Targets: the folders of `fuzz/corpus` have the same names.
-const TARGETS: &[&str] = &["driver", "spec", "vfio_user"];
+const TARGETS: &[&str] = &["control", "driver", "log", "node", "spec", "superblock", "vfio_user"];
 
 /// Seconds that `cargo xtask test` gives each target.
 const SECONDS_EACH: u64 = 30;
@@ -44,7 +44,7 @@ const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 /// What runs.
 #[derive(Args)]
 pub(crate) struct FuzzOptions {
-    /// Target: driver, spec, vfio_user
+    /// Target: control, driver, log, node, spec, superblock, vfio_user
     target: String,
     /// Seconds
     #[arg(long, default_value_t = 60)]
@@ -87,7 +87,9 @@ pub(crate) fn run_all(steps: &mut Steps) {
 fn plain(steps: &mut Steps, options: &FuzzOptions) {
     let (seconds, seed) = (options.seconds.to_string(), options.seed.to_string());
     let replay = options.replay.as_ref().map(|path| path.to_string_lossy().into_owned());
-    let mut arguments = vec!["run", "--quiet", "--locked", "--package", "pollux-fuzz", "--", &options.target];
+    let mut arguments =
+        vec!["run", "--quiet", "--locked", "--profile", "campaign", "--package", "pollux-fuzz"];
+    arguments.extend(["--", &options.target]);
     arguments.extend(["--seconds", &seconds, "--seed", &seed]);
     if let Some(path) = &replay {
         arguments.extend(["--replay", path]);

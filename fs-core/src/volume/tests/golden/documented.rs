@@ -124,7 +124,6 @@ fn superblock_lies_where_the_documentation_says() {
         ("epoch", shard.tree.ptr.epoch.get()),
         ("crc", u64::from(shard.tree.ptr.crc)),
         ("level", u64::from(shard.tree.level)),
-        ("log_head", 0),
         ("next_inode", shard.next_inode),
         ("inodes", shard.inodes),
     ] {

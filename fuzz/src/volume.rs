@@ -1,0 +1,14 @@
+//! Volumes that were changed on purpose, with their checksums made right: what targets look at that take whole volumes.
+//!
+//! Owns: [`Base`], volumes made once for each process; [`crate::volume::damage`], which changes them as a script says.
+//!
+//! Invariants: a volume is made by `mkfs` and by requests alone, on the simulator, from a constant seed: each process has the same.
+//!
+//! Excludes: what the changed volumes are put through (`mount`, `fsck`).
+
+pub mod base;
+pub mod damage;
+pub mod map;
+
+pub use base::{BASES, Base, bases};
+pub use damage::damaged;

@@ -309,10 +309,14 @@ impl Shard {
     }
 
     /// A number for a new inode of this shard; never given twice, also across mounts.
-    pub(crate) fn new_inode_number(&self) -> InodeNr {
+    ///
+    /// # Errors
+    /// [`FsError::NoSpace`] if all 2⁵⁶ were given.
+    pub(crate) fn new_inode_number(&self) -> Result<InodeNr, FsError> {
         let sequence = self.next_inode.get();
+        let inode = InodeNr::from_parts(self.id, sequence).ok_or(FsError::NoSpace)?;
         self.next_inode.set(sequence + 1);
-        InodeNr::from_parts(self.id, sequence).expect("2⁵⁶ inodes are not made")
+        Ok(inode)
     }
 
     /// Reads one tree node; its contents are not verified here.

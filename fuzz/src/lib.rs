@@ -11,7 +11,9 @@ pub mod campaign;
 pub mod control;
 pub mod driver;
 pub mod edit;
+pub mod fsck;
 pub mod log;
+pub mod mount;
 pub mod node;
 pub mod script;
 pub mod spec;
@@ -31,7 +33,9 @@ pub struct Target {
 pub const TARGETS: &[Target] = &[
     Target { name: "control", run: control::run },
     Target { name: "driver", run: driver::run },
+    Target { name: "fsck", run: fsck::run },
     Target { name: "log", run: log::run },
+    Target { name: "mount", run: mount::run },
     Target { name: "node", run: node::run },
     Target { name: "spec", run: spec::run },
     Target { name: "superblock", run: superblock::run },

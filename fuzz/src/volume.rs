@@ -8,7 +8,9 @@
 
 pub mod base;
 pub mod damage;
+pub mod look;
 pub mod map;
+pub mod work;
 
 pub use base::{BASES, Base, bases};
 pub use damage::damaged;

@@ -108,6 +108,19 @@ struct Progress {
     extents: u64,
 }
 
+/// Whether a slice was more than nothing. If not, nor will the next be: extents or runs contradict each other.
+fn got_on(before: Progress, reached: Progress, job: &Job) -> Result<(), FsError> {
+    if (reached.shared, reached.cleared) > (before.shared, before.cleared) {
+        return Ok(());
+    }
+    let at = reached.shared - job.range.start + job.from;
+    Err(FsError::Damaged {
+        what: format!("extents at byte {at}, and the runs of their blocks, contradict each other"),
+        block: None,
+        inode: Some(job.source),
+    })
+}
+
 /// The locks of step 1. Fields are dropped in order: the reverse of how they were taken.
 struct CloneLocks {
     mmap: Vec<Guard<MmapClass>>,
@@ -333,7 +346,8 @@ impl Shard {
         self.drop_set_aside(job.target).await?;
         let mut progress = Progress { shared: job.range.start, cleared: job.range.start, extents: 0 };
         while progress.shared < job.range.end {
-            match self.share_slice(job, progress).await {
+            let slice = self.share_slice(job, progress).await;
+            match slice.and_then(|reached| got_on(progress, reached, job).map(|()| reached)) {
                 Ok(reached) => progress = reached,
                 Err(error) => {
                     self.undo_after_failure(job, progress, &error).await;

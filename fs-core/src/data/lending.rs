@@ -188,6 +188,18 @@ impl LendingChange {
         }
     }
 
+    /// Who lends and who borrows. Of what a file gets, its shard's counterpart says.
+    fn parties(&self) -> Option<(ShardId, ShardId)> {
+        match self {
+            Self::Lend { owner, borrower, .. }
+            | Self::LendCopy { owner, borrower, .. }
+            | Self::Receive { owner, borrower, .. }
+            | Self::TakeBack { owner, borrower, .. }
+            | Self::EndReturns { owner, borrower, .. } => Some((*owner, *borrower)),
+            Self::Borrow { .. } => None,
+        }
+    }
+
     /// Items it changes at most.
     pub(crate) fn items(&self) -> u32 {
         match self {
@@ -487,6 +499,15 @@ impl Shard {
         changes: Vec<LendingChange>,
         priority: Priority,
     ) -> Result<(), FsError> {
+        // Who lends was read from the volume.
+        let shards = self.volume.shard_count();
+        let possible = |(owner, borrower): (ShardId, ShardId)| owner != borrower && owner.index() < shards;
+        if let Some((owner, borrower)) =
+            changes.iter().filter_map(LendingChange::parties).find(|parties| !possible(*parties))
+        {
+            let what = format!("shard {borrower} has blocks from shard {owner}, which cannot have lent them");
+            return Err(FsError::Damaged { what, block: None, inode: None });
+        }
         let changes = changes.into_iter().map(crate::namespace::change::Change::Lending).collect();
         self.commit_changes(self.new_transaction(), changes, priority).await
     }

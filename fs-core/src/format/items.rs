@@ -32,6 +32,7 @@ use reactor::WallTime;
 use zerocopy::byteorder::little_endian::{I64, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::MAX_FILE_SIZE;
 use crate::error::FsError;
 use crate::format::node::{ItemKind, Key, MAX_VALUE};
 use crate::request::FileKind;
@@ -79,6 +80,9 @@ pub enum ItemError {
     /// A time stamp's nanoseconds reach a second.
     #[error("impossible time stamp")]
     Time,
+    /// A size that no file can have, or a count that no volume has room for.
+    #[error("impossible size or count")]
+    Number,
     /// Reserved bytes are not zero.
     #[error("reserved bytes are not zero")]
     Reserved,
@@ -96,6 +100,9 @@ impl ItemError {
         FsError::Damaged { what: format!("{what}: {self}"), block: None, inode: Some(inode) }
     }
 }
+
+/// Blocks of a file, or entries of a directory, at most: blocks of the largest file.
+const MOST: u64 = MAX_FILE_SIZE / BLOCK_SIZE;
 
 /// A time stamp: seconds since 1970 and nanoseconds.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -359,6 +366,10 @@ impl InodeRecord {
         let mode = raw.mode.get();
         if raw.reserved != [0; 16] {
             return Err(ItemError::Reserved);
+        }
+        let most = [(raw.size, MAX_FILE_SIZE), (raw.blocks, MOST), (raw.entries, MOST)];
+        if most.iter().any(|(stored, most)| stored.get() > *most) {
+            return Err(ItemError::Number);
         }
         Ok(Self {
             kind: kind_from_code(mode >> 12)?,

@@ -129,8 +129,6 @@ findings! {
     /// The sum of an inode's extents is wrong.
     InodeBlocks { inode: InodeNr, stored: u64, counted: u64 } =>
         "inode {inode} has {counted} blocks, its record says {stored}",
-    /// A file larger than files can be.
-    InodeSize { inode: InodeNr, size: u64 } => "inode {inode} has the impossible size {size}",
     /// An inode number that the shard has not given out yet.
     NextInode { shard: ShardId, next: u64, inode: InodeNr } =>
         "shard {shard}: inode {inode} exists, and sequence {next} is to be given out next",

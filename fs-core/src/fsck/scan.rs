@@ -177,11 +177,15 @@ impl Scan {
                     let preallocated = u64::from(run.kind() == ExtentKind::Preallocated);
                     let nature = RunNature { generation: run.generation.get(), preallocated };
                     self.sweep.run(start, run.blocks, run.references, nature, tables.findings);
-                    if let Some(lender) = run.lender {
-                        let blocks = (start, run.blocks.get());
-                        return self.borrowed(key, lender, blocks, run.generation, tables);
-                    }
-                    let inside = tables.space.mark(start, run.blocks, User::Run(shard), tables.findings);
+                    let inside = match run.lender {
+                        Some(lender) => {
+                            let blocks = (start, run.blocks.get());
+                            self.borrowed(key, lender, blocks, run.generation, tables);
+                            tables.space.holds(start, run.blocks)
+                        }
+                        None => tables.space.mark(start, run.blocks, User::Run(shard), tables.findings),
+                    };
+                    // Borrowed blocks, too: their borrower reads them by checksums of its own.
                     if tables.data == DataCheck::Verify && inside && preallocated == 0 {
                         self.data_runs.push(DataRun { start, checksums: run.checksums });
                     }
@@ -439,9 +443,6 @@ impl OpenInode {
         let mut add = |finding| tables.findings.add(finding);
         if record.blocks != self.blocks {
             add(Finding::InodeBlocks { inode, stored: record.blocks, counted: self.blocks });
-        }
-        if record.kind == FileKind::Regular && size > crate::MAX_FILE_SIZE {
-            add(Finding::InodeSize { inode, size });
         }
         let named = record.links > 0;
         if let Some(offset) = self.behind_end.filter(|_| named && !unfinished) {

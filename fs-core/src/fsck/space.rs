@@ -75,6 +75,11 @@ impl SpaceMap {
         owner.is_none_or(|owner| owner == shard).then_some((number, bit as usize..end as usize))
     }
 
+    /// Whether blocks lie in the volume.
+    pub(super) fn holds(&self, start: BlockNr, count: BlockCount) -> bool {
+        start.checked_add(count).is_some_and(|end| end.get() <= self.layout.blocks().get())
+    }
+
     /// Marks blocks as used by `user`. `false` if they do not lie in the volume.
     pub(super) fn mark(
         &mut self,

@@ -132,7 +132,7 @@ impl Shard {
             NamespaceCall::Apply { transaction } => {
                 return Ok(self.apply_prepared(transaction).map(|()| NamespaceReply::Done));
             }
-            NamespaceCall::NewInode => return Ok(Ok(NamespaceReply::Inode(self.new_inode_number()))),
+            NamespaceCall::NewInode => return Ok(self.new_inode_number().map(NamespaceReply::Inode)),
             waits => return Err(waits),
         }
         Ok(Ok(NamespaceReply::Done))

@@ -19,7 +19,8 @@ use clap::Args;
 use crate::steps::{Steps, cargo};
 
 /// Targets: the folders of `fuzz/corpus` have the same names.
-const TARGETS: &[&str] = &["control", "driver", "log", "node", "spec", "superblock", "vfio_user"];
+const TARGETS: &[&str] =
+    &["control", "driver", "fsck", "log", "mount", "node", "spec", "superblock", "vfio_user"];
 
 /// Seconds that `cargo xtask test` gives each target.
 const SECONDS_EACH: u64 = 30;
@@ -44,7 +45,7 @@ const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 /// What runs.
 #[derive(Args)]
 pub(crate) struct FuzzOptions {
-    /// Target: control, driver, log, node, spec, superblock, vfio_user
+    /// Target: control, driver, fsck, log, mount, node, spec, superblock, vfio_user
     target: String,
     /// Seconds
     #[arg(long, default_value_t = 60)]

@@ -29,7 +29,7 @@ use super::super::apply::{MmapLock, load_regular};
 use super::super::extent_map::lend::{Blocks, PARTS_AT_ONCE, Piece, borrow, survey};
 use super::super::extent_map::{SET_ASIDE_ITEMS, set_aside};
 use super::super::lending::{LendingCall, LendingChange, LendingReply, misanswered};
-use super::{COMPARED_AT_ONCE, FLUSH_ROUNDS, HEAD_ITEMS, Job, Progress, Purpose, SLICE_ITEMS};
+use super::{COMPARED_AT_ONCE, FLUSH_ROUNDS, HEAD_ITEMS, Job, Progress, Purpose, SLICE_ITEMS, got_on};
 
 /// The target's locks; the source's are held for the transaction on its own shard. Fields are dropped in order.
 struct TargetLocks {
@@ -199,7 +199,9 @@ impl Shard {
         self.drop_set_aside(job.target).await?;
         let mut progress = Progress { shared: job.range.start, cleared: job.range.start, extents: 0 };
         while progress.shared < job.range.end {
-            if let Err(error) = self.slice_across(source, job, &mut progress, order).await {
+            let before = progress;
+            let slice = self.slice_across(source, job, &mut progress, order).await;
+            if let Err(error) = slice.and_then(|()| got_on(before, progress, job)) {
                 self.undo_after_failure(job, progress, &error).await;
                 return Err(error);
             }

@@ -55,6 +55,11 @@ fn damaged_inode_records_are_told() {
     let mut late = stored.clone();
     late[56..60].copy_from_slice(&1_000_000_000_u32.to_le_bytes());
     assert_eq!(InodeRecord::decode(&late), Err(ItemError::Time));
+    let most = crate::MAX_FILE_SIZE;
+    for (size, blocks, entries) in [(most + 1, 0, 0), (0, most, 0), (0, 0, most), (0, u64::MAX, 0)] {
+        let impossible = InodeRecord { size, blocks, entries, ..record() };
+        assert_eq!(InodeRecord::decode(&impossible.encode()), Err(ItemError::Number), "{impossible:?}");
+    }
     let mut reserved = stored;
     reserved[135] = 1;
     assert_eq!(InodeRecord::decode(&reserved), Err(ItemError::Reserved));

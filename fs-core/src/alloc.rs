@@ -32,6 +32,8 @@ pub use allocator::{
     Allocator, AllocatorStats, CloseError, FreeError, FrozenGroups, GroupFigures, GroupImage, MAX_ALLOCATION,
 };
 pub(crate) use counter::reserve_of;
+#[cfg(test)]
+pub(crate) use counter::shortage;
 pub use counter::{Priority, Reservation, SpaceCounter};
 pub use group::GroupTransfer;
 pub use load::{GroupLoadError, GroupWarning, LoadedGroup, assemble, fresh};

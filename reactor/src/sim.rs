@@ -12,6 +12,7 @@
 //! Excludes: threads. A task that waits for another OS thread is a deadlock here.
 
 mod disk;
+mod failing;
 mod image;
 mod miswrite;
 
@@ -35,6 +36,7 @@ use crate::random::{Random, mix};
 use crate::task::TaskHeader;
 
 pub use disk::{CutPolicy, SimDisk, SimDiskOptions, Tearing};
+pub use failing::{Repeat, RequestKind};
 pub use image::DiskImage;
 pub use miswrite::Miswrite;
 

@@ -107,6 +107,10 @@ impl SpaceCounter {
     }
 
     fn take(&self, blocks: u64, nodes: u64, priority: Priority) -> bool {
+        #[cfg(test)]
+        if priority == Priority::Normal && shortage::strikes() {
+            return false;
+        }
         let floor = match priority {
             Priority::Normal => self.floor_clusters.load(Ordering::Relaxed),
             Priority::Reserve => 0,
@@ -286,6 +290,43 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.counter.give_back(self.data_blocks + self.nodes * CLUSTER_BLOCKS, self.nodes);
+    }
+}
+
+/// A lack of space that tests make: promises are refused by their number.
+#[cfg(test)]
+pub(crate) mod shortage {
+    use std::cell::Cell;
+
+    /// How many promises are still made, and for how many of those that follow there is no space; then how many were refused.
+    #[derive(Clone, Copy, Default)]
+    struct Plan {
+        left: u64,
+        refusals: u64,
+        refused: u64,
+    }
+
+    thread_local! {
+        static PLAN: Cell<Option<Plan>> = const { Cell::new(None) };
+    }
+
+    /// After `left` more promises on this thread there is no space for `refusals` of them.
+    pub(crate) fn plan(left: u64, refusals: u64) {
+        PLAN.set(Some(Plan { left, refusals, refused: 0 }));
+    }
+
+    /// Ends the shortage. Returns how many promises were refused.
+    pub(crate) fn end() -> u64 {
+        PLAN.take().map_or(0, |plan| plan.refused)
+    }
+
+    pub(super) fn strikes() -> bool {
+        let Some(mut plan) = PLAN.get() else { return false };
+        let strikes = plan.left == 0 && plan.refused < plan.refusals;
+        plan.left = plan.left.saturating_sub(1);
+        plan.refused += u64::from(strikes);
+        PLAN.set(Some(plan));
+        strikes
     }
 }
 

@@ -15,6 +15,7 @@ mod clone;
 mod clone_loop;
 mod crash;
 mod extents;
+mod fail_at;
 mod faults;
 mod full;
 mod golden;

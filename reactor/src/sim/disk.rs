@@ -32,6 +32,7 @@ use crate::handle::ReactorId;
 use crate::random::Random;
 
 use super::DiskImage;
+use super::failing::{self, Repeat, RequestKind};
 use super::miswrite::{Miswrite, Plan};
 
 /// What a [`SimDisk`] is like.
@@ -135,6 +136,7 @@ struct Medium {
     writes_left: Option<u64>,
     faults: Vec<(FaultKind, LbaRange)>,
     miswrite: Option<Plan>,
+    failing: Option<failing::Plan>,
     observer: Option<Observer>,
 }
 
@@ -201,6 +203,7 @@ impl SimDisk {
             writes_left: None,
             faults: Vec::new(),
             miswrite: None,
+            failing: None,
             observer: None,
         };
         Self { medium: Rc::new(RefCell::new(medium)) }
@@ -313,6 +316,16 @@ impl SimDisk {
     /// Lifts every fault set by [`fail_reads`](Self::fail_reads) and [`fail_writes`](Self::fail_writes).
     pub fn clear_faults(&self) {
         self.medium.borrow_mut().faults.clear();
+    }
+
+    /// After `after` more requests of a kind, the next one fails, or all that follow do, with a medium error.
+    pub fn fail_request(&self, kind: RequestKind, after: u64, repeat: Repeat) {
+        self.medium.borrow_mut().failing = Some(failing::Plan::new(kind, after, repeat));
+    }
+
+    /// Requests that failed since [`Self::fail_request`]; from now on none does.
+    pub fn stop_failing(&self) -> u64 {
+        self.medium.borrow_mut().failing.take().map_or(0, |plan| plan.refused())
     }
 
     /// After `after` more writes, zeroings or deallocations, one is acknowledged and goes wrong as `how` says.
@@ -460,6 +473,14 @@ impl Medium {
     fn perform(&mut self, operation: &mut InFlight) -> Result<(), IoError> {
         if self.writes_left == Some(0) {
             return Err(power_lost());
+        }
+        if self.failing.as_mut().is_some_and(|plan| plan.refuses(&operation.request)) {
+            let lba = match &operation.request {
+                Request::Read { lba, .. } | Request::Write { lba, .. } => lba.get(),
+                Request::WriteZeroes(range) | Request::Deallocate(range) => range.start.get(),
+                Request::Flush => 0,
+            };
+            return Err(IoError::Medium { lba, detail: "injected".to_owned() });
         }
         let lba_size = u64::from(self.options.lba_size);
         match &mut operation.request {

@@ -210,8 +210,7 @@ impl Client {
             assert!((0..found.len()).all(legal), "{} left something foreign", brief(op));
             let from = (*offset as usize).min(found.len());
             if found != old {
-                let adopted = Op::Write { node: *node, offset: from as u64, data: found[from..].into() };
-                assert_eq!(self.model.apply(&adopted), Ok(()));
+                self.adopt(&Op::Write { node: *node, offset: from as u64, data: found[from..].into() });
             }
             return;
         }
@@ -222,9 +221,16 @@ impl Client {
         let legal = |(found, old): (&u8, &u8)| *found == 0 || found == old;
         assert!(found.iter().zip(&old).all(legal), "{} left something foreign", brief(op));
         if found != old {
-            let adopted = Op::Write { node: *node, offset: *offset, data: found.into() };
-            assert_eq!(self.model.apply(&adopted), Ok(()));
+            self.adopt(&Op::Write { node: *node, offset: *offset, data: found.into() });
         }
+    }
+
+    /// Takes what was found for what is there from now on.
+    fn adopt(&mut self, found: &Op) {
+        assert_eq!(self.model.apply(found), Ok(()));
+        let mut history = self.history.borrow_mut();
+        history.begin(self.number, found, &self.model, None);
+        history.acknowledge(self.number, found);
     }
 
     /// Like a kernel, a client holds a lookup on whatever it uses.

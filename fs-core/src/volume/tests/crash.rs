@@ -337,7 +337,7 @@ const OLD: u32 = 5;
 const UNSAVED: u32 = 6;
 
 /// The tree they begin with: durable, but for the contents of one file.
-fn beginning() -> Vec<Op> {
+pub(super) fn beginning() -> Vec<Op> {
     vec![
         make(TOP, "dir", Made::Directory),
         make(TOP, "other", Made::Directory),

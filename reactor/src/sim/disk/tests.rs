@@ -258,3 +258,29 @@ fn torn_write_keeps_its_first_sectors() {
     let blocks: Vec<u8> = (3..7).map(|lba| block(&disk.image(), lba)).collect();
     assert_eq!(blocks, [7, 7, 0, 0]);
 }
+
+#[test]
+fn requests_fail_by_their_number() {
+    for (kind, repeat, failed) in [
+        (RequestKind::Write, Repeat::Once, [false, true, false, false, false]),
+        (RequestKind::Write, Repeat::ForEver, [false, true, true, false, false]),
+        (RequestKind::Flush, Repeat::ForEver, [false, false, false, false, true]),
+        (RequestKind::Read, Repeat::Once, [false; 5]),
+    ] {
+        let disk = SimDisk::new(options());
+        disk.fail_request(kind, 1, repeat);
+        let found = std::rc::Rc::new(std::cell::Cell::new([false; 5]));
+        let told = std::rc::Rc::clone(&found);
+        run(&disk, |ctx| async move {
+            let mut found = [false; 5];
+            for (place, lba) in [3, 4, 5].into_iter().enumerate() {
+                found[place] = write(ctx.disk(), lba, 1, 1, Durability::Cached).await.is_err();
+            }
+            found[3] = ctx.disk().flush().await.is_err();
+            found[4] = ctx.disk().flush().await.is_err();
+            told.set(found);
+        });
+        assert_eq!(found.get(), failed, "{kind:?} {repeat:?}");
+        assert_eq!(disk.stop_failing(), failed.iter().filter(|failed| **failed).count() as u64);
+    }
+}

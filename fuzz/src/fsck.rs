@@ -9,7 +9,7 @@ use reactor::Context;
 use reactor::sim::SimDisk;
 
 use crate::script::Script;
-use crate::volume::base::{disk, simulator};
+use crate::volume::images::{disk, simulator};
 use crate::volume::look::{checked, shown};
 use crate::volume::{BASES, bases, damaged};
 

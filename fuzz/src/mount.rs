@@ -14,7 +14,7 @@ use reactor::sim::SimDisk;
 use reactor::{Context, ReactorHandle};
 
 use crate::script::Script;
-use crate::volume::base::{disk, mount_options, simulator};
+use crate::volume::images::{disk, mount_options, simulator};
 use crate::volume::look::{behind, checked, shown};
 use crate::volume::work::Worker;
 use crate::volume::{BASES, bases, damaged};

@@ -6,11 +6,11 @@
 //!
 //! Excludes: what the changed volumes are put through (`mount`, `fsck`).
 
-pub mod base;
 pub mod damage;
+pub mod images;
 pub mod look;
 pub mod map;
 pub mod work;
 
-pub use base::{BASES, Base, bases};
 pub use damage::damaged;
+pub use images::{BASES, Base, bases};

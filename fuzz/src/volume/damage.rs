@@ -24,7 +24,7 @@ use fs_core::format::superblock::slots_of;
 use fs_core::types::{BLOCK_SIZE, BlockCount, BlockNr, Epoch, Generation, ShardId};
 use reactor::sim::DiskImage;
 
-use super::base::Base;
+use super::images::Base;
 use super::map::{Map, read};
 use crate::edit::{change, seal};
 use crate::script::Script;

@@ -8,7 +8,7 @@ use reactor::sim::{DiskImage, SimDisk};
 
 use fs_core::format::superblock::{RING_SLOTS, RING_STARTS};
 
-use super::base::simulator;
+use super::images::simulator;
 use super::map::read;
 
 /// Checks the volume on `disk`, in a bounded number of rounds.

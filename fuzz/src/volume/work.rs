@@ -14,7 +14,7 @@ use fs_core::request::{
 use fs_core::types::{BLOCK_SIZE, FileOffset, InodeNr, ShardId};
 use fs_core::{FsError, Reply, Request, Volume};
 
-use super::base::pattern;
+use super::images::pattern;
 
 /// Inodes that are looked at: ten times what a base has.
 const MOST_INODES: usize = 600;
